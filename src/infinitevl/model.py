@@ -1,0 +1,171 @@
+"""Follow a frame: visual tokens [B, T, D] and their positions go through the blocks -> hidden and a new memory.
+
+One class for the published model, its Transformer teacher and the tiny one: the layer pattern is data.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from infinitevl import memory as memories
+from infinitevl.attention import SoftmaxMixer, Where
+from infinitevl.config import SOFTMAX, ModelConfig, TextConfig
+from infinitevl.delta import DeltaMixer
+from infinitevl.memory import Delta, Memory, Window
+from infinitevl.processor import Processor
+from infinitevl.rope import angles
+from infinitevl.vision import GatedMLP, RMSNorm, Vision
+
+INIT_STD = 0.02
+
+
+class CapacityError(ValueError):
+    """A model without a window was fed more tokens than its memory was made for."""
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: a mixer looks back, an MLP thinks."""
+
+    def __init__(self, config: TextConfig, mixer: str) -> None:
+        super().__init__()
+        self.norm_mixer = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mixer = SoftmaxMixer(config) if mixer == SOFTMAX else DeltaMixer(config)
+        self.norm_mlp = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=False)
+
+    def forward(
+        self, hidden: Tensor, where: Where, state: Window | Delta | None
+    ) -> tuple[Tensor, Window | Delta | None]:
+        """hidden [B, T, D] and the block's part of the memory -> the same, one block later."""
+        mixed, state = self.mixer(self.norm_mixer(hidden), where, state)
+        hidden = hidden + mixed
+        return hidden + self.mlp(self.norm_mlp(hidden)), state
+
+
+class Model(nn.Module):
+    """Embedding, vision encoder, blocks, head. `config` says its shape; `processor` how a checkpoint is fed."""
+
+    def __init__(self, config: ModelConfig, processor: Processor | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self._processor = processor
+        text = config.text
+        self.vision = Vision(config.vision)
+        self.embedding = nn.Embedding(text.vocab_size, text.hidden_size)
+        self.blocks = nn.ModuleList(Block(text, mixer) for mixer in text.layers)
+        self.norm = RMSNorm(text.hidden_size, text.norm_eps)
+        self.head = None if text.tied_head else nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self.apply(_initialise)
+
+    @property
+    def processor(self) -> Processor:
+        """The checkpoint's processor. Raises ValueError for a model made from a bare config."""
+        if self._processor is None:
+            raise ValueError("this model has no processor: load it from a checkpoint, or give Model(config, processor) one")
+        return self._processor
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.weight.dtype
+
+    def empty_memory(self, batch: int = 1, capacity: int | None = None) -> Memory:
+        """A memory of this model that has seen nothing, on its device; `capacity` as in `Memory.empty`."""
+        return Memory.empty(self.config, batch, capacity=capacity, device=self.device, dtype=self.dtype)
+
+    def embed(self, ids: Tensor, visual: Tensor | None = None) -> Tensor:
+        """ids [B, T] -> [B, T, D]; image and video tokens are replaced, in order, by the rows of `visual` [N, D].
+
+        Raises ValueError where their numbers differ.
+        """
+        hidden = self.embedding(ids)
+        if visual is None:
+            return hidden
+        place = (ids == self.config.image_token) | (ids == self.config.video_token)
+        if int(place.sum()) != len(visual):
+            raise ValueError(f"the prompt has {int(place.sum())} visual tokens, the pictures {len(visual)}")
+        return hidden.masked_scatter(place[..., None], visual.to(hidden.dtype))
+
+    def forward(
+        self,
+        hidden: Tensor,
+        positions: Tensor,
+        memory: Memory | None = None,
+        present: Tensor | None = None,
+        segment: Tensor | None = None,
+    ) -> tuple[Tensor, Memory | None]:
+        """One chunk through all blocks.
+
+        hidden [B, T, D] (from `embed` or `vision`); positions [3, B, T]; present bool [B, T], None: all tokens are
+        there; segment [B, T], only without a memory: packed training -> hidden [B, T, D] after the last norm, and the
+        memory with the chunk in it (None stays None; the one given is consumed).
+        """
+        where, memory = self._where(positions, memory, present, segment)
+        states = []
+        for number, block in enumerate(self.blocks):
+            hidden, state = block(hidden, where, None if memory is None else memory.blocks[number])
+            states.append(state)
+        if memory is not None:
+            memory = memory._replace(blocks=tuple(states))
+        return self.norm(hidden), memory
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [..., D] -> logits [..., vocab]. Call it only on the tokens whose successor is wanted."""
+        return nn.functional.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden)
+
+    def _where(
+        self, positions: Tensor, memory: Memory | None, present: Tensor | None, segment: Tensor | None
+    ) -> tuple[Where, Memory | None]:
+        """Indices, rotations and ring slots of a chunk, and the memory with all but its blocks brought up to date."""
+        turns = angles(positions, self.config.text)
+        rows, length = positions.shape[1:]
+        if present is None:
+            step = torch.arange(length, device=positions.device).expand(rows, -1)
+            count = torch.full_like(positions[0, :, 0], length)
+        else:
+            step, count = present.long().cumsum(1) - 1, present.long().sum(1)
+        if memory is None:
+            index = step if present is None else torch.where(present, step, -1)
+            return Where(turns, index, present, None if segment is None else _filled(segment, present)), None
+        if segment is not None:
+            raise ValueError("segments are for packed training: they go without a memory")
+        index = memory.seen[:, None] + step
+        latest = positions.amax(0)
+        if present is not None:
+            index, latest = torch.where(present, index, -1), torch.where(present, latest, -1)
+        self._check_capacity(memory, count)
+        target = memories.target_slots(index, memory.index, self.config.text.sinks)
+        where = Where(turns, index, present, None, memory.index, target)
+        return where, memory._replace(
+            index=memories.write(memory.index, target, index),
+            seen=memory.seen + count,
+            clock=torch.maximum(memory.clock, latest.amax(1) + 1),
+        )
+
+    def _check_capacity(self, memory: Memory, count: Tensor) -> None:
+        if self.config.text.window is None:
+            most = int((memory.seen + count).max())
+            if most > memory.index.shape[1]:
+                room = memory.index.shape[1]
+                raise CapacityError(f"{most} tokens do not fit a memory made for {room}: make it with a larger capacity")
+
+
+def _filled(segment: Tensor, present: Tensor | None) -> Tensor:
+    """segment [B, T] with tokens that are not there put into the segment before them, so that they separate nothing."""
+    if present is None:
+        return segment
+    place = torch.arange(segment.shape[1], device=segment.device)
+    latest = torch.where(present, place, -1).cummax(1).values
+    first = present.long().argmax(1, keepdim=True)
+    return segment.gather(1, torch.where(latest < 0, first, latest))
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=INIT_STD)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,182 @@
+"""The definition of right: each op in plain torch, and the path that laptops and tests run.
+
+Softmax and delta arithmetic is float32 whatever comes in; results return in the dtype of v (attend, delta_rule) or x.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+QUERY_BLOCK = 1024  # queries per mask: a T x T mask would be 1 GiB at 32,768 tokens
+CHUNK = 64  # tokens solved at once by the chunked delta rule
+
+
+def visible(q_index: Tensor, k_index: Tensor, window: int | None, sinks: int) -> Tensor:
+    """Which keys each query sees: [B, T], [B, S] -> bool [B, T, S].
+
+    A query sees itself and the window - 1 tokens before it, and the first `sinks` tokens of the stream. Index -1 is a
+    token that is not there: as a key it is never seen; as a query it sees everything, because a softmax over nothing
+    is NaN and nobody reads its output.
+    """
+    distance = q_index[:, :, None] - k_index[:, None, :]
+    seen = (distance >= 0) & (k_index >= 0)[:, None, :]
+    if window is not None:
+        seen = seen & ((distance < window) | (k_index < sinks)[:, None, :])
+    return seen | (q_index < 0)[:, :, None]
+
+
+def attend(
+    *,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_index: Tensor,
+    k_index: Tensor,
+    window: int | None,
+    sinks: int,
+    q_segment: Tensor | None,
+    k_segment: Tensor | None,
+) -> Tensor:
+    """Grouped-query softmax attention masked by token index.
+
+    q [B, T, H, hd]; k, v [B, S, G, hd]; q_index [B, T]; k_index [B, S]; segments likewise or None -> [B, T, H, hd].
+    Query head i reads key head i // (H / G).
+    """
+    groups = q.shape[2] // k.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    outputs = []
+    for at in range(0, q.shape[2], QUERY_BLOCK):
+        part = slice(at, at + QUERY_BLOCK)
+        mask = visible(q_index[:, part], k_index, window, sinks)
+        if q_segment is not None and k_segment is not None:
+            mask = mask & (q_segment[:, part, None] == k_segment[:, None, :])
+        outputs.append(F.scaled_dot_product_attention(q[:, :, part], k, v, attn_mask=mask[:, None]))
+    return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+def delta_rule_recurrent(
+    *, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, segment: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The gated delta rule, one token at a time: S <- exp(g) S; S <- S + k (beta (v - S^T k))^T; o = S^T q.
+
+    q, k [B, T, H, K]; v [B, T, H, V]; g (log decay), beta [B, T, H]; state [B, H, K, V]; segment [B, T] or None
+    -> (o [B, T, H, V] in v's dtype, state). Computed in the state's dtype (float32; float64 in tests).
+    """
+    like = v.dtype
+    q, k, v, g, beta = (x.to(state.dtype) for x in (q, k, v, g, beta))
+    outputs = []
+    for t in range(q.shape[1]):
+        state = state * g[:, t, :, None, None].exp()
+        if segment is not None and t > 0:
+            state = state * (segment[:, t] == segment[:, t - 1])[:, None, None, None]
+        error = v[:, t] - torch.einsum("bhkv,bhk->bhv", state, k[:, t])
+        state = state + k[:, t, :, :, None] * (beta[:, t, :, None] * error)[:, :, None, :]
+        outputs.append(torch.einsum("bhkv,bhk->bhv", state, q[:, t]))
+    return torch.stack(outputs, dim=1).to(like), state
+
+
+def _chunks(x: Tensor, size: int) -> Tensor:
+    """[B, T, H, ...] -> [B, H, N, size, ...] in the order of time, zeros after the end."""
+    x = F.pad(x, (0,) * (2 * (x.dim() - 2)) + (0, -x.shape[1] % size))
+    x = x.unflatten(1, (-1, size))
+    return x.permute(0, 3, 1, 2, *range(4, x.dim()))
+
+
+def _reach(segment: Tensor | None, shape: tuple[int, int], size: int, device: torch.device) -> tuple[Tensor, ...]:
+    """Who reaches whom across a change of segment, per chunk: within [B, 1, N, C, C], in and out [B, 1, N, C], through [B, 1, N].
+
+    `within`: j <= i of one segment; `inward`: the state at the chunk's start still belongs to token i's segment;
+    `outward`: token j's segment is the one that leaves the chunk; `through`: the state passes the whole chunk.
+    """
+    causal = torch.ones(size, size, dtype=torch.bool, device=device).tril()
+    if segment is None:
+        ones = torch.ones(1, 1, 1, size, dtype=torch.bool, device=device)
+        return causal[None, None, None], ones, ones, ones[..., 0]
+    rows, length = shape
+    segment = torch.cat([segment, segment[:, -1:].expand(rows, -length % size)], dim=1)
+    parts = segment.view(rows, 1, -1, size)
+    before = torch.cat([segment[:, :1], segment[:, size - 1 : -1 : size]], dim=1).view(rows, 1, -1, 1)
+    within = causal & (parts[..., :, None] == parts[..., None, :])
+    inward, outward = parts == before, parts == parts[..., -1:]
+    return within, inward, outward, inward[..., -1]
+
+
+def delta_rule(
+    *, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, segment: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The gated delta rule in chunks: the same function as `delta_rule_recurrent`, parallel inside a chunk.
+
+    With G the running sum of g inside a chunk and S the state before it, the rank-1 updates u solve
+    (I + A) u = beta (v - exp(G) S^T k), A_ij = beta_i exp(G_i - G_j) k_i.k_j for j < i (Yang et al. 2024, eq. 8 to 10,
+    with decay). A chunk is then an affine map of the state, so that only one small product per chunk runs in sequence.
+    Only differences of G are exponentiated, and masked before exp: after it, the backward would meet inf * 0.
+    """
+    like, length = v.dtype, q.shape[1]
+    size = min(CHUNK, length)
+    within, inward, outward, through = _reach(segment, (q.shape[0], length), size, q.device)
+    q, k, v, g, beta = (_chunks(x.to(state.dtype), size) for x in (q, k, v, g, beta))
+    total = g.cumsum(-1)
+    decay = (total[..., :, None] - total[..., None, :]).masked_fill(~within, float("-inf")).exp()
+    from_start = total.exp() * inward
+    to_end = (total[..., -1:] - total).exp() * outward
+    system = (beta[..., None] * (k @ k.mT) * decay).tril(-1)
+    system = system + torch.eye(size, dtype=system.dtype, device=system.device)
+    known = torch.cat([beta[..., None] * v, (beta * from_start)[..., None] * k], dim=-1)
+    solved = torch.linalg.solve_triangular(system, known, upper=False, unitriangular=True)
+    u_new, u_state = solved.split([v.shape[-1], k.shape[-1]], dim=-1)
+    k_end = (k * to_end[..., None]).mT
+    added, kept = k_end @ u_new, -(k_end @ u_state)
+    kept = kept + torch.diag_embed((total[..., -1].exp() * through)[..., None].expand(*kept.shape[:-1]))
+    states = []
+    for n in range(q.shape[2]):
+        states.append(state)
+        state = torch.matmul(kept[:, :, n], state) + added[:, :, n]
+    before = torch.stack(states, dim=2)
+    u = u_new - u_state @ before
+    o = (q * from_start[..., None]) @ before + ((q @ k.mT) * decay) @ u
+    return o.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :length].to(like), state
+
+
+def causal_conv(
+    *, x: Tensor, weight: Tensor, tail: Tensor, present: Tensor | None, segment: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Depthwise causal convolution, then SiLU, over the tokens that are there.
+
+    x [B, T, C]; weight [C, taps], the last tap on the token itself; tail [B, taps - 1, C], the tokens before;
+    present bool [B, T] or None (all there); segment [B, T] or None -> (y [B, T, C], the new tail).
+    A token that is not there is skipped as if the sequence had been written without it.
+    """
+    taps = weight.shape[1]
+    if present is None:
+        line, end = torch.cat([tail, x], dim=1), None
+    else:
+        first = torch.argsort((~present).to(torch.int8), dim=1, stable=True)
+        line = torch.cat([tail, x.gather(1, first[..., None].expand_as(x))], dim=1)
+        segment = None if segment is None else segment.gather(1, first)
+        end = present.sum(1)
+    y = torch.zeros_like(x, dtype=torch.float32)
+    for tap in range(taps):
+        term = line[:, tap : tap + x.shape[1]].float() * weight[:, tap].float()
+        back = taps - 1 - tap
+        if segment is not None and back:
+            same = F.pad(segment[:, back:] == segment[:, :-back], (min(back, x.shape[1]), 0))[:, : x.shape[1]]
+            term = term * same[..., None]
+        y = y + term
+    if end is None:
+        tail = line[:, x.shape[1] :]
+    else:
+        rank = (present.cumsum(1) - 1).clamp(min=0)
+        y = y.gather(1, rank[..., None].expand_as(y))
+        at = end[:, None] + torch.arange(taps - 1, device=x.device)
+        tail = line.gather(1, at[..., None].expand(-1, -1, x.shape[2]))
+    return F.silu(y).to(x.dtype), tail
+
+
+def gated_norm(*, x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMS norm of each head times weight times silu(gate): x, gate [..., V]; weight [V] -> [..., V] in gate's dtype."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * weight.float() * F.silu(gate.float())).to(gate.dtype)

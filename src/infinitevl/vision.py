@@ -1,0 +1,176 @@
+"""Follow a frame: patches [F, P, 1176] -> visual tokens [F, P / 4, D]: patch embedding, blocks, merger.
+
+Attention never crosses frames, so a frame is a row of a batch and every shape is static once its grid is known.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from infinitevl.config import VisionConfig
+from infinitevl.rope import Angles, rotate
+
+
+class Layout(NamedTuple):
+    """The order in which a grid's patches are worked on: window by window, so that a window is a run of patches.
+
+    order [P]: the patch at each place. back [P / 4]: the place of each merged token. place [windows, largest]: the
+    place of each patch of each window, its first one repeated where a window is small; there (bool, likewise) tells
+    them apart, None when all windows are of one size.
+    """
+
+    order: Tensor
+    back: Tensor
+    rows: Tensor
+    columns: Tensor
+    place: Tensor
+    there: Tensor | None
+
+
+@lru_cache(maxsize=64)
+def layout(rows: int, columns: int, merge: int, window: int, device: torch.device) -> Layout:
+    """The layout of a grid of rows x columns patches, cut into windows of window x window patches from the top left."""
+    units = torch.arange(rows * columns // merge**2).view(rows // merge, columns // merge)
+    side = window // merge
+    cuts = [part.flatten() for band in units.split(side, dim=0) for part in band.split(side, dim=1)]
+    unit_order = torch.cat(cuts)
+    inside = merge * merge
+    order = (unit_order[:, None] * inside + torch.arange(inside)).flatten()
+    lengths = torch.tensor([len(cut) * inside for cut in cuts])
+    step = torch.arange(int(lengths.max()))
+    there = step[None] < lengths[:, None]
+    first = (lengths.cumsum(0) - lengths)[:, None]
+    place = torch.where(there, first + step, first)
+    grid = torch.arange(rows * columns).view(rows // merge, merge, columns // merge, merge)
+    raster = grid.permute(0, 2, 1, 3).flatten()[order]
+    tensors = (order, unit_order.argsort(), raster // columns, raster % columns, place)
+    return Layout(*(x.to(device) for x in tensors), None if bool(there.all()) else there.to(device))
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, computed in float32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return wide.to(x.dtype) * self.weight
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, size: int, inner: int, bias: bool) -> None:
+        super().__init__()
+        self.gate = nn.Linear(size, inner, bias=bias)
+        self.up = nn.Linear(size, inner, bias=bias)
+        self.down = nn.Linear(inner, size, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class VisionAttention(nn.Module):
+    """Attention within each window, or within the whole frame."""
+
+    def __init__(self, config: VisionConfig, windowed: bool) -> None:
+        super().__init__()
+        self.heads, self.windowed = config.num_heads, windowed
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor, angles: Angles, where: Layout) -> Tensor:
+        """x [F, P, D] in window order."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        q, k = rotate(q, angles), rotate(k, angles)
+        out = self._in_windows(q, k, v, where) if self.windowed else _softmax(q, k, v, None)
+        return self.proj(out.flatten(2))
+
+    def _in_windows(self, q: Tensor, k: Tensor, v: Tensor, where: Layout) -> Tensor:
+        frames, windows = q.shape[0], where.place.shape[0]
+        if where.there is None:
+            cut = [x.unflatten(1, (windows, -1)).flatten(0, 1) for x in (q, k, v)]
+            return _softmax(*cut, None).unflatten(0, (frames, windows)).flatten(1, 2)
+        cut = [x[:, where.place].flatten(0, 1) for x in (q, k, v)]
+        mask = where.there[:, None, None, :].repeat(frames, 1, 1, 1)
+        out = _softmax(*cut, mask).unflatten(0, (frames, windows))
+        return out.flatten(1, 2)[:, where.there.flatten()]
+
+
+def _softmax(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """[N, P, H, hd] each -> [N, P, H, hd]."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+class VisionBlock(nn.Module):
+    """Pre-norm residual block."""
+
+    def __init__(self, config: VisionConfig, windowed: bool) -> None:
+        super().__init__()
+        self.norm1 = RMSNorm(config.hidden_size, config.norm_eps)
+        self.attention = VisionAttention(config, windowed)
+        self.norm2 = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=True)
+
+    def forward(self, x: Tensor, angles: Angles, where: Layout) -> Tensor:
+        x = x + self.attention(self.norm1(x), angles, where)
+        return x + self.mlp(self.norm2(x))
+
+
+class Merger(nn.Module):
+    """Four neighbouring patches -> one token of the language model; the norm comes before the grouping, GELU is exact."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.group = config.merge_size**2
+        inner = config.hidden_size * self.group
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.up = nn.Linear(inner, inner)
+        self.down = nn.Linear(inner, config.out_hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[F, P, D] -> [F, P / 4, D of the language model]."""
+        x = self.norm(x).unflatten(1, (-1, self.group)).flatten(2)
+        return self.down(F.gelu(self.up(x)))
+
+
+class Vision(nn.Module):
+    """Qwen2.5-VL's vision encoder and merger."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Linear(config.patch_dim, config.hidden_size, bias=False)
+        full = config.full_attention_blocks
+        self.blocks = nn.ModuleList(VisionBlock(config, number not in full) for number in range(config.depth))
+        self.merger = Merger(config)
+
+    def forward(self, patches: Tensor, rows: int, columns: int) -> Tensor:
+        """patches [F, rows * columns, 1176] in merge order -> tokens [F, rows * columns / 4, D], row by row."""
+        config = self.config
+        window = config.window_pixels // config.patch_size
+        where = layout(rows, columns, config.merge_size, window, patches.device)
+        x = self.embed(patches.to(self.embed.weight.dtype))[:, where.order]
+        angles = self._angles(where)
+        for block in self.blocks:
+            x = block(x, angles, where)
+        return self.merger(x)[:, where.back]
+
+    def _angles(self, where: Layout) -> Angles:
+        """2D rotary: the first half of the frequencies follows rows, the second columns, both in patches."""
+        quarter = self.config.head_dim // 4
+        steps = torch.arange(quarter, dtype=torch.float64, device=where.rows.device)
+        frequency = self.config.rope_theta ** (-steps / quarter)
+        phase = torch.cat([axis[:, None].double() * frequency for axis in (where.rows, where.columns)], dim=-1)
+        phase = torch.cat([phase, phase], dim=-1)[None]
+        return Angles(phase.cos().float(), phase.sin().float())

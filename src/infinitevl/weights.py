@@ -1,0 +1,241 @@
+"""Checkpoints on disk: one table of names between ours and the published ones, strict in both directions.
+
+On disk a checkpoint has the layout of Qwen2.5-VL (`visual.*`, `model.layers.N.*`); in the memory of other software it is
+`model.visual.*`, `model.language_model.*`. Both are read; the first is written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from infinitevl.config import ConfigError, ModelConfig, config_from_json, config_to_json
+from infinitevl.files import written_aside
+from infinitevl.model import Model
+from infinitevl.processor import load_processor, save_processor
+
+DEFAULT = "tiny"
+FINGERPRINT_BYTES = 4096
+
+# ours -> on disk; {} stands for a block's number
+_RENAMES = (
+    (r"vision\.embed\.weight", "visual.patch_embed.proj.weight"),
+    (r"vision\.blocks\.(\d+)\.attention\.(qkv|proj)\.(weight|bias)", r"visual.blocks.\1.attn.\2.\3"),
+    (r"vision\.blocks\.(\d+)\.mlp\.(gate|up|down)\.(weight|bias)", r"visual.blocks.\1.mlp.\2_proj.\3"),
+    (r"vision\.blocks\.(\d+)\.(norm[12])\.weight", r"visual.blocks.\1.\2.weight"),
+    (r"vision\.merger\.norm\.weight", "visual.merger.ln_q.weight"),
+    (r"vision\.merger\.up\.(weight|bias)", r"visual.merger.mlp.0.\1"),
+    (r"vision\.merger\.down\.(weight|bias)", r"visual.merger.mlp.2.\1"),
+    (r"embedding\.weight", "model.embed_tokens.weight"),
+    (r"blocks\.(\d+)\.norm_mixer\.weight", r"model.layers.\1.input_layernorm.weight"),
+    (r"blocks\.(\d+)\.norm_mlp\.weight", r"model.layers.\1.post_attention_layernorm.weight"),
+    (r"blocks\.(\d+)\.mlp\.(gate|up|down)\.weight", r"model.layers.\1.mlp.\2_proj.weight"),
+    (r"blocks\.(\d+)\.mixer\.([qkvabgo])\.(weight|bias)", r"model.layers.\1.self_attn.\2_proj.\3"),
+    (r"blocks\.(\d+)\.mixer\.([qkv])_conv", r"model.layers.\1.self_attn.\2_conv1d.weight"),
+    (r"blocks\.(\d+)\.mixer\.norm", r"model.layers.\1.self_attn.o_norm.weight"),
+    (r"blocks\.(\d+)\.mixer\.(A_log|dt_bias)", r"model.layers.\1.self_attn.\2"),
+    (r"norm\.weight", "model.norm.weight"),
+    (r"head\.weight", "lm_head.weight"),
+)
+_IN_MEMORY = ((r"^model\.visual\.", "visual."), (r"^model\.language_model\.", "model."))
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be loaded; the message lists everything that is wrong with it."""
+
+
+def disk_name(name: str) -> str:
+    """The published name of one of our parameters."""
+    for pattern, replacement in _RENAMES:
+        if re.fullmatch(pattern, name):
+            return re.sub(pattern, replacement, name)
+    raise KeyError(f"no published name for {name}")
+
+
+def disk_shape(name: str, shape: torch.Size, config: ModelConfig) -> tuple[int, ...]:
+    """The shape a parameter has on disk: there, patches and convolutions are not flattened."""
+    vision = config.vision
+    if name == "vision.embed.weight":
+        return (shape[0], vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size)
+    if name.endswith("_conv"):
+        return (shape[0], 1, shape[1])
+    return tuple(shape)
+
+
+def to_disk(model: Model) -> dict[str, Tensor]:
+    """All parameters under their published names and shapes."""
+    return {
+        disk_name(name): p.detach().reshape(disk_shape(name, p.shape, model.config))
+        for name, p in model.named_parameters()
+    }
+
+
+def assign(model: Model, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Put tensors in either published layout into the model, as they are. Raises CheckpointError listing all that differ."""
+    found = {canonical(name): name for name in tensors}
+    tied = model.head is None
+    expected = {disk_name(name): name for name, _ in model.named_parameters()}
+    extra = set(found) - set(expected) - ({"lm_head.weight"} if tied else set())
+    problems = [f"missing {name}" for name in sorted(set(expected) - set(found))]
+    problems += [f"unexpected {found[name]}" for name in sorted(extra)]
+    parameters = dict(model.named_parameters())
+    for disk, ours in expected.items():
+        if disk in found:
+            shape = disk_shape(ours, parameters[ours].shape, model.config)
+            if tuple(tensors[found[disk]].shape) != shape:
+                problems.append(f"{found[disk]} has shape {tuple(tensors[found[disk]].shape)}, expected {shape}")
+    if problems:
+        raise CheckpointError(f"{source}: {len(problems)} tensors do not fit the config: " + "; ".join(problems))
+    with torch.no_grad():
+        for disk, ours in expected.items():
+            parameter = parameters[ours]
+            parameter.data = tensors[found[disk]].reshape(parameter.shape).to(_dtype(ours, tensors[found[disk]]))
+
+
+def _dtype(name: str, tensor: Tensor) -> torch.dtype:
+    return torch.float32 if name.endswith(("A_log", "dt_bias")) else tensor.dtype
+
+
+def canonical(name: str) -> str:
+    """A tensor's name as it stands on disk, whichever layout it came in."""
+    for pattern, replacement in _IN_MEMORY:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def load(
+    where: str | Path = DEFAULT, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> Model:
+    """A model from a local folder, a hub id such as "hustvl/InfiniteVL", or "tiny", the checkpoint that comes along.
+
+    dtype None: float32 on CPU, bfloat16 elsewhere. Raises CheckpointError or ConfigError in one line.
+    """
+    folder = locate(where)
+    device = torch.device(device)
+    if dtype is None:
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    with torch.device("meta"):
+        model = Model(read_config(folder), load_processor(folder))
+    assign(model, dict(_tensors(folder, device)), str(folder))
+    return model.to(device=device, dtype=dtype).eval()
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The ModelConfig of a checkpoint folder."""
+    path = folder / "config.json"
+    try:
+        return config_from_json(json.loads(path.read_text()))
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder}: no config.json there; is it a checkpoint folder?") from None
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path}: not JSON: {error}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def locate(where: str | Path) -> Path:
+    """The local folder of a checkpoint; a hub id is downloaded (or found in the hub's cache)."""
+    if where == DEFAULT:
+        return Path(str(files("infinitevl"))) / "checkpoints" / DEFAULT
+    folder = Path(where).expanduser()
+    if folder.is_dir():
+        return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(where)):
+        raise CheckpointError(f"{where}: no such folder, and not a hub id (owner/name)")
+    return _download(str(where))
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "LICENSE*"]))
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise CheckpointError(
+            f"{name}: the hub could not be reached and nothing is in its cache ({reason}); download the files elsewhere "
+            f"and give their folder instead"
+        ) from None
+
+
+def _tensors(folder: Path, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a folder, from one file or from the shards its index names."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        names = ["model.safetensors"]
+    for name in names:
+        path = folder / name
+        if not path.exists():
+            raise CheckpointError(f"{path}: weights are missing")
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                for key in file.keys():  # noqa: SIM118 (not a dict)
+                    yield key, file.get_tensor(key)
+        except safetensors.SafetensorError as error:
+            raise CheckpointError(f"{path}: damaged: {error}") from None
+
+
+def save(model: Model, folder: str | Path, shard_bytes: int = 4 << 30) -> None:
+    """Write config, weights (published layout, in shards of at most `shard_bytes`) and processor to a folder."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = _shards({name: t.cpu().contiguous() for name, t in to_disk(model).items()}, shard_bytes)
+    names = _shard_names(len(shards))
+    for name, shard in zip(names, shards, strict=True):
+        with written_aside(folder / name) as aside:
+            safetensors.torch.save_file(shard, aside, metadata={"format": "pt"})
+    if len(shards) > 1:
+        weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+        total = sum(t.nbytes for shard in shards for t in shard.values())
+        _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+    _write_json(folder / "config.json", config_to_json(model.config) | {"dtype": str(model.dtype).removeprefix("torch.")})
+    save_processor(model.processor, folder)
+
+
+def _shards(tensors: dict[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > limit:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    return shards
+
+
+def _shard_names(count: int) -> list[str]:
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    with written_aside(path) as aside:
+        aside.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def fingerprint(model: Model) -> str:
+    """SHA-256 of the config and of name, shape and first 4 KiB (as bfloat16) of every tensor.
+
+    Device, dtype and the layout of prepared weights do not enter, so a memory moves between them.
+    """
+    digest = hashlib.sha256(json.dumps(config_to_json(model.config), sort_keys=True).encode())
+    for name, tensor in sorted(to_disk(model).items()):
+        head = tensor.flatten()[: FINGERPRINT_BYTES // 2].to(torch.bfloat16).cpu().view(torch.int16)
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(head.numpy().tobytes())
+    return digest.hexdigest()
