@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import re
 from collections import Counter
@@ -19,6 +18,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from infinitevl.config import tiny_processor
+from infinitevl.files import written_aside
 from infinitevl.processor import QWEN_TEMPLATE, preprocessor_json
 
 VOCABULARY, INSIDE, SPACED = 512, 174, 68  # ids; merges inside words; merges of a space and a whole word
@@ -150,9 +150,8 @@ def write(folder: Path) -> None:
         "preprocessor_config.json": preprocessor_json(tiny_processor()),
     }
     for name, content in files.items():
-        aside = folder / f"{name}.part"
-        aside.write_text(content, encoding="utf-8")
-        os.replace(aside, folder / name)
+        with written_aside(folder / name) as aside:
+            aside.write_text(content, encoding="utf-8")
 
 
 def main() -> None:

@@ -94,6 +94,8 @@ class TextConfig:
             raise ConfigError(f"mrope_sections {self.mrope_sections} must sum to half of head_dim {self.head_dim}")
         if self.window is not None and self.window < 1:
             raise ConfigError(f"window must be at least 1 token, got {self.window}")
+        if self.sinks < 0 or (self.sinks and self.window is None):
+            raise ConfigError(f"sinks must be 0 or more, and 0 without a window, got {self.sinks}")
 
     @property
     def qkv_channels(self) -> int:
@@ -210,6 +212,8 @@ _VISION_KEYS = {
     "full_attention_blocks": "fullatt_block_indexes",
     "in_channels": "in_channels",
     "tokens_per_second": "tokens_per_second",
+    "norm_eps": "rms_norm_eps",
+    "rope_theta": "rope_theta",
 }
 _TEXT_KEYS = {
     "vocab_size": "vocab_size",
@@ -225,6 +229,7 @@ _TEXT_KEYS = {
     "delta_key_dim": "linear_head_dim",
     "conv_size": "conv_size",
     "delta_norm_eps": "norm_eps",
+    "attention_bias": "attention_bias",
 }
 # read by name below, not copied field by field
 _TEXT_SPECIAL = {
@@ -293,9 +298,9 @@ def config_from_json(content: dict[str, Any]) -> ModelConfig:
     if not isinstance(vision, dict):
         raise ConfigError("vision_config is missing")
     vision_config = _read_vision(vision, text.get("hidden_size"))
-    stops = text.get("eos_token_id", ModelConfig.stop_tokens)
+    stops = text.get("eos_token_id")
     tokens = {ours: text[key] for ours, key in _TOKEN_KEYS.items() if key in text}
-    return ModelConfig(vision_config, _read_text(text, kind), **tokens, stop_tokens=_stops(stops))
+    return ModelConfig(vision_config, _read_text(text, kind), **tokens, stop_tokens=ModelConfig.stop_tokens if stops is None else _stops(stops))
 
 
 def _stops(value: Any) -> tuple[int, ...]:
@@ -321,9 +326,12 @@ def _require_silu(content: dict[str, Any], where: str) -> None:
 
 
 def _read_vision(content: dict[str, Any], text_size: int | None) -> VisionConfig:
-    _refuse_unknown(content, {*_VISION_KEYS.values(), *_IGNORABLE, "hidden_act"}, "vision_config")
+    _refuse_unknown(content, {*_VISION_KEYS.values(), *_IGNORABLE, "hidden_act", "rope_parameters"}, "vision_config")
     _require_silu(content, "vision_config")
-    values = {"out_hidden_size": text_size} | _take(content, _VISION_KEYS)
+    rope = content.get("rope_parameters") or {}
+    if rope.get("rope_type", "axial") not in ("axial", "default"):
+        raise ConfigError(f"vision_config.rope_parameters: type {rope['rope_type']!r} is not implemented")
+    values = {"out_hidden_size": text_size} | _take(content, _VISION_KEYS) | _take(rope, {"rope_theta": "rope_theta"})
     values["full_attention_blocks"] = tuple(values.get("full_attention_blocks", VisionConfig.full_attention_blocks))
     return VisionConfig(**values)
 
@@ -347,13 +355,15 @@ def _read_text(content: dict[str, Any], kind: str) -> TextConfig:
     if content.get("num_linear_key_value_heads", heads) != heads:
         raise ConfigError("num_linear_key_value_heads must equal num_linear_heads: grouped delta heads are not implemented")
     key_dim = values.setdefault("delta_key_dim", TextConfig.delta_key_dim)
-    values["delta_value_dim"] = int(key_dim * content.get("expand_v", 2))
+    values["delta_value_dim"] = round(key_dim * content.get("expand_v", 2))
     return TextConfig(**values)
 
 
 def _read_window(content: dict[str, Any], kind: str) -> int | None:
     """Qwen2.5-VL's configs carry a window that is switched off."""
     on = content.get("use_sliding_window", kind == "infinite_vl")
+    if on and kind == "qwen2_5_vl":
+        raise ConfigError("use_sliding_window: a window on some of Qwen2.5-VL's layers only is not implemented")
     return content.get("sliding_window", TextConfig.window) if on else None
 
 

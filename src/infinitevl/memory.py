@@ -6,6 +6,7 @@ changes between steps is a tensor, or a recorded step would replay a lie.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import struct
@@ -22,6 +23,7 @@ from infinitevl.config import SOFTMAX, ModelConfig, TextConfig
 from infinitevl.files import written_aside
 
 FORMAT, VERSION = "infinitevl.memory", "1"
+_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class MemoryFileError(ValueError):
@@ -45,7 +47,7 @@ class Delta(NamedTuple):
 class Memory(NamedTuple):
     """All that a stream's past is. One row per stream.
 
-    index: token index held by each slot of every window, -1 where empty. seen: tokens so far. clock: greatest mRoPE
+    index: token index held by each slot of every window, -1 where empty. seen: tokens so far. frames: frames so far. clock: greatest mRoPE
     position so far plus one. origin, start, last: of the run of frames being fed, the position at which it began, the
     time of its first frame and of its latest one, in seconds; start is NaN between runs, last before any frame.
     """
@@ -53,6 +55,7 @@ class Memory(NamedTuple):
     blocks: tuple[Window | Delta, ...]
     index: Tensor  # [B, W] int64
     seen: Tensor  # [B] int64
+    frames: Tensor  # [B] int64
     clock: Tensor  # [B] int64
     origin: Tensor  # [B] int64
     start: Tensor  # [B] float64
@@ -88,6 +91,7 @@ class Memory(NamedTuple):
             blocks=tuple(block(mixer) for mixer in text.layers),
             index=torch.full((batch, slots), -1, dtype=torch.int64, device=device),
             seen=zeros(dtype=torch.int64),
+            frames=zeros(dtype=torch.int64),
             clock=zeros(dtype=torch.int64),
             origin=zeros(dtype=torch.int64),
             start=nothing,
@@ -139,8 +143,8 @@ class Memory(NamedTuple):
 
     def save(self, path: str | Path, fingerprint: str) -> None:
         """Write to `path` (safetensors), aside first and then renamed: a failed save leaves an older file whole."""
-        header = {"format": FORMAT, "version": VERSION, "fingerprint": fingerprint}
         tensors = {name: leaf.detach().cpu().contiguous() for name, leaf in self.named()}
+        header = {"format": FORMAT, "version": VERSION, "fingerprint": fingerprint, "checksum": _checksum(tensors)}
         with written_aside(path) as aside:
             safetensors.torch.save_file(tensors, aside, metadata=header)
 
@@ -148,13 +152,15 @@ class Memory(NamedTuple):
     def load(cls, path: str | Path, like: Memory, fingerprint: str) -> Memory:
         """Read a memory shaped as `like` (any number of rows; on its device, in its dtypes) of the model `fingerprint`.
 
-        Raises MemoryFileError naming the mismatch, before anything is allocated.
+        Raises MemoryFileError naming the mismatch; names, shapes and sizes are checked before anything is allocated.
         """
-        _check_file(Path(path), like, fingerprint)
+        about = _check_file(Path(path), like, fingerprint)
         try:
             leaves = safetensors.torch.load_file(path)
         except safetensors.SafetensorError as error:
             raise MemoryFileError(f"{path}: damaged: {error}") from None
+        if _checksum(leaves) != about.get("checksum"):
+            raise MemoryFileError(f"{path}: damaged: its numbers are not those that were written")
         return like._rebuilt({name: leaves[name].to(leaf.device, leaf.dtype) for name, leaf in like.named()})
 
 
@@ -202,17 +208,26 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
             raise MemoryFileError(f"{path}: not a memory file (damaged or truncated header)")
         try:
             header = json.loads(file.read(length))
-        except ValueError:
+        except (ValueError, RecursionError):
             raise MemoryFileError(f"{path}: not a memory file (its header is not JSON)") from None
     if not isinstance(header, dict):
         raise MemoryFileError(f"{path}: not a memory file (its header is not a table)")
     return header, size - 8 - length
 
 
-def _check_file(path: Path, like: Memory, fingerprint: str) -> None:
+def _checksum(leaves: dict[str, Tensor]) -> str:
+    """SHA-256 of the leaves' bytes, in the order of their names."""
+    digest = hashlib.sha256()
+    for _, leaf in sorted(leaves.items()):
+        digest.update(leaf.view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _check_file(path: Path, like: Memory, fingerprint: str) -> dict[str, str]:
+    """What the file says about itself, once it is sure to hold leaves of the names, types and shapes of `like`."""
     header, size = _header(path)
-    about = header.pop("__metadata__", None) or {}
-    if about.get("format") != FORMAT:
+    about = header.pop("__metadata__", None)
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
         raise MemoryFileError(f"{path}: a safetensors file, but not a memory")
     if about.get("version") != VERSION:
         raise MemoryFileError(f"{path}: memory format {about.get('version')}, this version reads {VERSION}")
@@ -223,11 +238,23 @@ def _check_file(path: Path, like: Memory, fingerprint: str) -> None:
     if set(header) != set(expected):
         odd = sorted(set(header) ^ set(expected))
         raise MemoryFileError(f"{path}: leaves differ from this model's memory: {', '.join(odd[:4])}")
-    ends = [0]
+    rows = _entry(header, "seen")[1]
+    ends = []
     for name, leaf in expected.items():
-        shape, span = header[name].get("shape"), header[name].get("data_offsets")
-        if not isinstance(shape, list) or shape[1:] != list(leaf.shape[1:]) or shape[:1] != header["seen"]["shape"]:
+        dtype, shape, end = _entry(header, name)
+        if shape != [*rows, *leaf.shape[1:]] or len(rows) != 1 or rows == [0]:
             raise MemoryFileError(f"{path}: {name} has shape {shape}, this model's memory {list(leaf.shape)}")
-        ends.append(span[1] if isinstance(span, list) else -1)
+        if dtype not in (_FLOATS if leaf.is_floating_point() else ("I64",)):
+            raise MemoryFileError(f"{path}: {name} is of type {dtype}, this model's memory of {leaf.dtype}")
+        ends.append(end)
     if max(ends) != size:
-        raise MemoryFileError(f"{path}: truncated: {size} bytes of data, its header promises {max(ends)}")
+        raise MemoryFileError(f"{path}: damaged or truncated: {size} bytes of data, its header promises {max(ends)}")
+    return about
+
+
+def _entry(header: dict[str, Any], name: str) -> tuple[str, list[int], int]:
+    """Type, shape and end of a tensor as a safetensors header says them; empty where it says them in another form."""
+    match header[name]:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(), int(end)]}:
+            return dtype, shape, end
+    return "", [], -1

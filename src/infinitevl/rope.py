@@ -79,7 +79,7 @@ def next_frame(memory: Memory, time: Tensor, rows: int, columns: int, config: Mo
     positions = torch.stack(
         [t[:, None].expand(-1, rows * columns), origin[:, None] + row, origin[:, None] + column]
     )
-    return positions, memory._replace(origin=origin, start=start, last=time)
+    return positions, memory._replace(frames=memory.frames + 1, origin=origin, start=start, last=time)
 
 
 def prompt(

@@ -33,6 +33,7 @@ class Layout(NamedTuple):
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # or a layout first made there could never be trained with
 def layout(rows: int, columns: int, merge: int, window: int, device: torch.device) -> Layout:
     """The layout of a grid of rows x columns patches, cut into windows of window x window patches from the top left."""
     units = torch.arange(rows * columns // merge**2).view(rows // merge, columns // merge)
@@ -41,15 +42,15 @@ def layout(rows: int, columns: int, merge: int, window: int, device: torch.devic
     unit_order = torch.cat(cuts)
     inside = merge * merge
     order = (unit_order[:, None] * inside + torch.arange(inside)).flatten()
-    lengths = torch.tensor([len(cut) * inside for cut in cuts])
-    step = torch.arange(int(lengths.max()))
+    sizes = [len(cut) * inside for cut in cuts]
+    lengths, step = torch.tensor(sizes), torch.arange(max(sizes))
     there = step[None] < lengths[:, None]
     first = (lengths.cumsum(0) - lengths)[:, None]
     place = torch.where(there, first + step, first)
     grid = torch.arange(rows * columns).view(rows // merge, merge, columns // merge, merge)
     raster = grid.permute(0, 2, 1, 3).flatten()[order]
     tensors = (order, unit_order.argsort(), raster // columns, raster % columns, place)
-    return Layout(*(x.to(device) for x in tensors), None if bool(there.all()) else there.to(device))
+    return Layout(*(x.to(device) for x in tensors), None if len(set(sizes)) == 1 else there.to(device))
 
 
 class RMSNorm(nn.Module):
@@ -156,8 +157,16 @@ class Vision(nn.Module):
         self.merger = Merger(config)
 
     def forward(self, patches: Tensor, rows: int, columns: int) -> Tensor:
-        """patches [F, rows * columns, 1176] in merge order -> tokens [F, rows * columns / 4, D], row by row."""
+        """patches [F, rows * columns, 1176] in merge order -> tokens [F, rows * columns / 4, D], row by row.
+
+        Raises ValueError where the grid is not the patches' or does not divide into merged tokens.
+        """
         config = self.config
+        if patches.shape[1] != rows * columns or rows % config.merge_size or columns % config.merge_size:
+            raise ValueError(
+                f"{patches.shape[1]} patches are no grid of {rows} x {columns} in groups of {config.merge_size} x "
+                f"{config.merge_size}"
+            )
         window = config.window_pixels // config.patch_size
         where = layout(rows, columns, config.merge_size, window, patches.device)
         x = self.embed(patches.to(self.embed.weight.dtype))[:, where.order]

@@ -10,10 +10,10 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
 import torch
 from safetensors import safe_open
@@ -25,6 +25,7 @@ from infinitevl.model import Model
 from infinitevl.processor import load_processor, save_processor
 
 DEFAULT = "tiny"
+INDEX = "model.safetensors.index.json"
 FINGERPRINT_BYTES = 4096
 
 # ours -> on disk; {} stands for a block's number
@@ -88,6 +89,7 @@ def assign(model: Model, tensors: Mapping[str, Tensor], source: str) -> None:
     extra = set(found) - set(expected) - ({"lm_head.weight"} if tied else set())
     problems = [f"missing {name}" for name in sorted(set(expected) - set(found))]
     problems += [f"unexpected {found[name]}" for name in sorted(extra)]
+    problems += [f"{name} given twice" for name in sorted(set(tensors) - set(found.values()))]
     parameters = dict(model.named_parameters())
     for disk, ours in expected.items():
         if disk in found:
@@ -96,14 +98,9 @@ def assign(model: Model, tensors: Mapping[str, Tensor], source: str) -> None:
                 problems.append(f"{found[disk]} has shape {tuple(tensors[found[disk]].shape)}, expected {shape}")
     if problems:
         raise CheckpointError(f"{source}: {len(problems)} tensors do not fit the config: " + "; ".join(problems))
-    with torch.no_grad():
-        for disk, ours in expected.items():
-            parameter = parameters[ours]
-            parameter.data = tensors[found[disk]].reshape(parameter.shape).to(_dtype(ours, tensors[found[disk]]))
-
-
-def _dtype(name: str, tensor: Tensor) -> torch.dtype:
-    return torch.float32 if name.endswith(("A_log", "dt_bias")) else tensor.dtype
+    fitting = {ours: tensors[found[disk]].reshape(parameters[ours].shape) for disk, ours in expected.items()}
+    exact = {name: tensor.float() for name, tensor in fitting.items() if name.endswith(("A_log", "dt_bias"))}
+    model.load_state_dict(fitting | exact, assign=True)
 
 
 def canonical(name: str) -> str:
@@ -137,32 +134,32 @@ def read_config(folder: Path) -> ModelConfig:
         return config_from_json(json.loads(path.read_text()))
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: no config.json there; is it a checkpoint folder?") from None
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path}: not JSON: {error}") from None
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON: {error}") from None
 
 
 def locate(where: str | Path) -> Path:
     """The local folder of a checkpoint; a hub id is downloaded (or found in the hub's cache)."""
     if where == DEFAULT:
-        return Path(str(files("infinitevl"))) / "checkpoints" / DEFAULT
+        return Path(__file__).parent / "checkpoints" / DEFAULT
     folder = Path(where).expanduser()
     if folder.is_dir():
         return folder
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(where)):
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(where)):
         raise CheckpointError(f"{where}: no such folder, and not a hub id (owner/name)")
     return _download(str(where))
 
 
 def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "LICENSE*"]))
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise CheckpointError(
             f"{name}: the hub could not be reached and nothing is in its cache ({reason}); download the files elsewhere "
             f"and give their folder instead"
@@ -171,12 +168,7 @@ def _download(name: str) -> Path:
 
 def _tensors(folder: Path, device: torch.device) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a folder, from one file or from the shards its index names."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
-    for name in names:
+    for name in _weight_files(folder):
         path = folder / name
         if not path.exists():
             raise CheckpointError(f"{path}: weights are missing")
@@ -188,9 +180,19 @@ def _tensors(folder: Path, device: torch.device) -> Iterator[tuple[str, Tensor]]
             raise CheckpointError(f"{path}: damaged: {error}") from None
 
 
+def _weight_files(folder: Path) -> list[str]:
+    index = folder / INDEX
+    if not index.exists():
+        return ["model.safetensors"]
+    try:
+        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index}: not an index of shards: {error!r}") from None
+
+
 def save(model: Model, folder: str | Path, shard_bytes: int = 4 << 30) -> None:
     """Write config, weights (published layout, in shards of at most `shard_bytes`) and processor to a folder."""
-    folder = Path(folder)
+    folder, processor = Path(folder), model.processor
     folder.mkdir(parents=True, exist_ok=True)
     shards = _shards({name: t.cpu().contiguous() for name, t in to_disk(model).items()}, shard_bytes)
     names = _shard_names(len(shards))
@@ -200,9 +202,18 @@ def save(model: Model, folder: str | Path, shard_bytes: int = 4 << 30) -> None:
     if len(shards) > 1:
         weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
         total = sum(t.nbytes for shard in shards for t in shard.values())
-        _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
-    _write_json(folder / "config.json", config_to_json(model.config) | {"dtype": str(model.dtype).removeprefix("torch.")})
-    save_processor(model.processor, folder)
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    _remove_stale(folder, {*names, INDEX} if len(shards) > 1 else set(names))
+    dtype = str(model.dtype).removeprefix("torch.")
+    _write_json(folder / "config.json", config_to_json(model.config) | {"dtype": dtype})
+    save_processor(processor, folder)
+
+
+def _remove_stale(folder: Path, names: set[str]) -> None:
+    """Weights of an earlier save in other shards go: a reader would find the old index, or the old single file, first."""
+    for path in (folder / INDEX, *folder.glob("model*.safetensors")):
+        if path.name not in names and re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", path.name):
+            path.unlink(missing_ok=True)
 
 
 def _shards(tensors: dict[str, Tensor], limit: int) -> list[dict[str, Tensor]]:

@@ -31,9 +31,15 @@ class Choice(NamedTuple):
     reason: str
 
 
+@torch.compiler.assume_constant_result
+def _pinned(op: str) -> str | None:
+    """The pin of an op; a compiled function keeps the one it was compiled under."""
+    return (_pins.get() or {}).get(op)
+
+
 def choose(op: str, device: torch.device, gradient: bool = False, segments: bool = False) -> Choice:
     """Which implementation of `op` runs for tensors on `device`, with or without a gradient or packed segments."""
-    pinned = (_pins.get() or {}).get(op)
+    pinned = _pinned(op)
     if pinned:
         return Choice(pinned, "pinned")
     if op != "delta_rule":

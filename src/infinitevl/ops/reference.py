@@ -166,7 +166,7 @@ def causal_conv(
             term = term * same[..., None]
         y = y + term
     if end is None:
-        tail = line[:, x.shape[1] :]
+        tail = line[:, x.shape[1] :].clone()  # a view would keep the whole chunk alive
     else:
         rank = (present.cumsum(1) - 1).clamp(min=0)
         y = y.gather(1, rank[..., None].expand_as(y))

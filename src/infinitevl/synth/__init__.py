@@ -1,4 +1,4 @@
-"""The synthetic stream world: stories of signs, objects, digits and doors, their pictures, and questions with true answers.
+"""The synthetic stream world: what happens, how it looks, and questions with true answers.
 
 Follow a frame: world (what happens) -> compose or render (112x112 pixels) -> questions (what is true right after it).
 """

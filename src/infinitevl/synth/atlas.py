@@ -50,6 +50,7 @@ DIGIT0 = LETTER0 + len(FONTS) * len(ALPHABET)
 GLYPHS = DIGIT0 + DIGIT_SAMPLES
 
 _FINE = 4  # cells are drawn this many times finer and then averaged
+_STROKE = 5  # a letter's strokes grow by that much of 200: hairlines would vanish in cells of 11 pixels
 _W, _H = CELL_W * _FINE, CELL_H * _FINE
 Polygon = list[tuple[float, float]]
 
@@ -196,19 +197,19 @@ def _font(name: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 def _letters(name: str) -> np.ndarray:
     """The alphabet in one font: on one baseline, capitals 0.74 of the cell high, wide ones squeezed to fit."""
-    size = 200
-    font = _font(name, size)
-    _, top, _, bottom = font.getbbox("H", anchor="ls")
+    font = _font(name, 200)
+    _, top, _, bottom = font.getbbox("H", anchor="ls", stroke_width=_STROKE)
     tall = 0.74 * _H / (bottom - top)
     return np.stack([_letter(font, mark, tall) for mark in ALPHABET])
 
 
 def _letter(font: ImageFont.FreeTypeFont | ImageFont.ImageFont, mark: str, tall: float) -> np.ndarray:
-    left, top, right, bottom = (int(side) for side in font.getbbox(mark, anchor="ls"))
+    left, top, right, bottom = (int(side) for side in font.getbbox(mark, anchor="ls", stroke_width=_STROKE))
     ink = Image.new("L", (right - left, bottom - top))
-    ImageDraw.Draw(ink).text((-left, -top), mark, fill=255, font=font, anchor="ls")
+    ImageDraw.Draw(ink).text((-left, -top), mark, fill=255, font=font, anchor="ls", stroke_width=_STROKE)
     wide = min((right - left) * tall * 1.04, 0.9 * _W)  # a frame's cells are about 1.5 times as high as wide
-    ink = ink.resize((max(int(wide), 1), max(int((bottom - top) * tall), 1)), Image.Resampling.BILINEAR)
+    high = min((bottom - top) * tall, 0.85 * _H)  # some fonts' J and Q reach far below the line
+    ink = ink.resize((max(int(wide), 1), max(int(high), 1)), Image.Resampling.BILINEAR)
     cell = Image.new("L", (_W, _H))
     cell.paste(ink, (int((_W - wide) / 2), int(0.87 * _H + top * tall)))
     return _smooth(cell)

@@ -1,0 +1,87 @@
+"""A seed -> one training batch as numpy arrays: the numbers of every frame, time stamps, questions with answers."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from recipe import Phase
+
+from infinitevl.processor import Processor
+from infinitevl.synth import questions as quiz
+from infinitevl.synth.world import TRAIN, Stories, make_stories
+
+IGNORED = -100  # label of a token whose successor is not learned
+LONGEST = 28  # tokens of a question with its answer
+
+
+class Asks(NamedTuple):
+    """Questions after one segment: row of the memory they are asked of [N], ids and labels [N, LONGEST], kinds [N]."""
+
+    rows: np.ndarray
+    ids: np.ndarray
+    labels: np.ndarray
+    kinds: np.ndarray
+
+
+class Batch(NamedTuple):
+    """strips, scene, grain: parameters of all frames [B, F, ...]. stamps [B, number of stamps, tokens of a stamp]."""
+
+    strips: np.ndarray
+    scene: np.ndarray
+    grain: np.ndarray
+    stamps: np.ndarray
+    asks: list[Asks]
+
+
+def make(phase: Phase, seed: int, processor: Processor, mix: dict[str, float]) -> Batch:
+    """The batch of one step; the same seed gives the same batch."""
+    frames = phase.segments * phase.frames
+    stories = make_stories(seed, phase.streams, frames, TRAIN, phase.setting)
+    rng = np.random.default_rng([seed, 7])
+    every = int(processor.config.stamp_seconds or 0)
+    stamps = [[processor.stamp_ids(int(t0) + at) for at in range(0, frames, every)] for t0 in stories.t0]
+    asks = [
+        _asks(stories, phase, end - 1, rng, processor, mix) for end in range(phase.frames, frames + 1, phase.frames)
+    ]
+    return Batch(stories.strips, stories.scene, stories.grain, np.array(stamps, np.int64), asks)
+
+
+def _asks(
+    stories: Stories, phase: Phase, frame: int, rng: np.random.Generator, processor: Processor, mix: dict[str, float]
+) -> Asks:
+    """Up to `asks` questions of each story after `frame`; where there are fewer, rows stay without labels."""
+    count = phase.streams * phase.asks
+    ids = np.full((count, LONGEST), processor.chat.after[0], np.int64)
+    labels = np.full((count, LONGEST), IGNORED, np.int64)
+    kinds = np.zeros(count, np.int64)
+    names = list(quiz.KINDS)
+    for story in range(phase.streams):
+        for place, question in enumerate(_drawn(stories, story, frame, phase, rng, mix)):
+            at = story * phase.asks + place
+            prompt = processor.chat.tail(question.text)
+            answer = (*processor.ids(question.answer), processor.chat.after[0])  # <|im_end|>
+            ids[at, : len(prompt) + len(answer)] = prompt + answer
+            labels[at, len(prompt) - 1 : len(prompt) - 1 + len(answer)] = answer
+            kinds[at] = names.index(question.kind)
+    return Asks(np.repeat(np.arange(phase.streams), phase.asks), ids, labels, kinds)
+
+
+def _drawn(
+    stories: Stories, story: int, frame: int, phase: Phase, rng: np.random.Generator, mix: dict[str, float]
+) -> list[quiz.Question]:
+    """Kinds are drawn by weight, about the present or the past as the phase says; drawn again where none can be asked."""
+    chosen: list[quiz.Question] = []
+    present, past = _weights((*quiz.NOW, *quiz.STATES), mix), _weights((*quiz.RECALL, *quiz.YES_NO), mix)
+    for _ in range(4 * phase.asks):
+        names, weights = present if rng.random() < phase.now_share else past
+        kind = names[int(rng.choice(len(names), p=weights))]
+        chosen += quiz.questions(stories, story, frame, rng, kinds=(kind,))
+        if len(chosen) == phase.asks:
+            break
+    return chosen
+
+
+def _weights(kinds: tuple[str, ...], mix: dict[str, float]) -> tuple[tuple[str, ...], np.ndarray]:
+    weights = np.array([mix.get(kind, 1.0) for kind in kinds])
+    return kinds, weights / weights.sum()

@@ -1,0 +1,332 @@
+"""Train the default checkpoint from scratch on the synthetic world: `python experiments/default_checkpoint/train.py`.
+
+A step feeds stories segment by segment through the memory, as a stream would, and after each segment asks questions of
+copies of it; gradients run back through all segments. Nothing here knows how the mixers work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import recipe as recipes
+import torch
+import torch.nn.functional as F
+from batches import IGNORED, Batch, make
+from recipe import Phase, Recipe
+from torch import Tensor
+
+from infinitevl import rope, weights
+from infinitevl.config import tiny
+from infinitevl.memory import Memory
+from infinitevl.model import Model
+from infinitevl.processor import Processor, load_processor, patchify
+from infinitevl.synth import questions as quiz
+from infinitevl.synth.compose import Composer
+
+
+class Plan(NamedTuple):
+    """How the tokens of a segment are ordered: `order` picks from its visual tokens, then its text tokens.
+
+    positions [3, T]; stamps: which of the story's stamps it holds; head: whether it opens with the chat's head.
+    """
+
+    order: Tensor
+    positions: Tensor
+    stamps: slice
+    head: bool
+
+
+def plan_segments(model: Model, phase: Phase) -> list[Plan]:
+    """Lay out every segment of a phase, by the very position rules that a stream follows."""
+    processor, config = model.processor, model.config
+    side = processor.config.frame_pixels[0] // config.vision.stride
+    every = int(processor.config.stamp_seconds or 0)
+    memory = Memory.empty(config, device="cpu")
+    plans = []
+    for segment in range(phase.segments):
+        first = segment * phase.frames
+        visual, text, positions, order = 0, phase.frames * side**2, [], []
+        for frame in range(first, first + phase.frames):
+            ids = len(processor.chat.head) if frame == 0 else 0
+            ids += len(processor.stamp_ids(0)) if frame % every == 0 else 0
+            if ids:
+                part, memory = rope.next_text(memory, ids)
+                memory = memory._replace(clock=part.amax((0, 2)) + 1)
+                positions.append(part)
+                order.append(torch.arange(text, text + ids))
+                text += ids
+            now = torch.tensor([float(frame)], dtype=torch.float64)
+            part, memory = rope.next_frame(memory, now, side, side, config)
+            memory = memory._replace(clock=torch.maximum(memory.clock, part.amax((0, 2)) + 1))
+            positions.append(part)
+            order.append(torch.arange(visual, visual + side**2))
+            visual += side**2
+        held = slice(-(-first // every), -(-(first + phase.frames) // every))
+        where = torch.cat(positions, 2)[:, 0]
+        plans.append(Plan(torch.cat(order).to(model.device), where.to(model.device), held, segment == 0))
+    return plans
+
+
+def watch(model: Model, memory: Memory, plan: Plan, pixels: Tensor, stamps: Tensor) -> Memory:
+    """One segment into the memory: pixels uint8 [B, F, h, w, 3], stamps [B, stamps of the segment, tokens]."""
+    rows = pixels.shape[0]
+    patches, grid = patchify(pixels.flatten(0, 1), model.processor.config, pair=False)
+    visual = model.vision(patches, *grid).unflatten(0, (rows, -1)).flatten(1, 2)
+    ids = stamps.flatten(1)
+    if plan.head:
+        head = torch.tensor(model.processor.chat.head, device=ids.device).expand(rows, -1)
+        ids = torch.cat([head, ids], 1)
+    hidden = torch.cat([visual, model.embed(ids)], 1)[:, plan.order]
+    memory = memory._replace(clock=memory.clock)
+    after = model(hidden, plan.positions[:, None].expand(-1, rows, -1), memory)[1]
+    assert after is not None
+    return after
+
+
+def ask(model: Model, memory: Memory, rows: Tensor, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss per question and whether the whole answer is right, [N] each, on copies of the memory's rows."""
+    forks = memory.rows(rows)
+    positions, forks = rope.next_text(forks, ids.shape[1])
+    hidden, _ = model(model.embed(ids), positions, forks)
+    logits = model.logits(hidden).float()
+    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
+    there = labels != IGNORED
+    right = ((logits.argmax(-1) == labels) | ~there).all(1)
+    return loss.view(labels.shape).sum(1) / there.sum(1).clamp(min=1), right
+
+
+class Trainer:
+    """bf16 (on CUDA) weights that compute, float32 masters that learn: Muon for matrices of the blocks, AdamW for the rest."""
+
+    def __init__(self, model: Model, recipe: Recipe) -> None:
+        self.model, self.recipe = model, recipe
+        self.live = [p for p in model.parameters() if p.requires_grad]
+        self.masters = [p.detach().float().clone() for p in self.live]
+        named = dict(zip([n for n, _ in model.named_parameters()], self.masters, strict=True))
+        matrices = [p for n, p in named.items() if p.dim() == 2 and ".blocks." in f".{n}" and not n.endswith("_conv")]
+        chosen = {id(p) for p in matrices}
+        rest = [p for p in named.values() if id(p) not in chosen]
+        self.muon = torch.optim.Muon(
+            matrices, lr=1e-3, weight_decay=recipe.weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+        )
+        self.adam = torch.optim.AdamW(rest, lr=1e-3, weight_decay=0.0, betas=(0.9, 0.98))
+
+    def step(self, rate: float) -> float:
+        """One update from the live gradients; returns their norm. A gradient that is not finite changes nothing."""
+        norm = torch.nn.utils.clip_grad_norm_(self.live, self.recipe.clip)
+        finite = bool(norm.isfinite())
+        if finite:
+            for master, p in zip(self.masters, self.live, strict=True):
+                master.grad = torch.zeros_like(master) if p.grad is None else p.grad.float()
+            for optimiser in (self.muon, self.adam):
+                for group in optimiser.param_groups:
+                    group["lr"] = rate
+                optimiser.step()
+            with torch.no_grad():
+                torch._foreach_copy_(self.live, self.masters)
+        for p in self.live:
+            p.grad = None
+        return float(norm)
+
+    def state(self) -> dict[str, Tensor]:
+        """What a resumed run needs, small: masters and moments as bf16."""
+        names = [n for n, _ in self.model.named_parameters()]
+        by_id = {id(m): n for n, m in zip(names, self.masters, strict=True)}
+        out = {f"weight.{n}": m.bfloat16() for n, m in zip(names, self.masters, strict=True)}
+        for optimiser in (self.muon, self.adam):
+            for parameter, moments in optimiser.state.items():
+                for key, value in moments.items():
+                    small = value.float() if value.dim() == 0 else value.bfloat16()
+                    out[f"{key}.{by_id[id(parameter)]}"] = small
+        return {k: v.cpu().contiguous() for k, v in out.items()}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        names = [n for n, _ in self.model.named_parameters()]
+        for name, master, live in zip(names, self.masters, self.live, strict=True):
+            master.copy_(state[f"weight.{name}"])
+            live.data.copy_(master)
+        by_name = dict(zip(names, self.masters, strict=True))
+        for optimiser in (self.muon, self.adam):
+            mine = {id(p) for group in optimiser.param_groups for p in group["params"]}
+            for full, value in state.items():
+                key, name = full.split(".", 1)
+                if key != "weight" and id(by_name[name]) in mine:
+                    kept = value.float().to(self.masters[0].device) if value.dim() else value.clone()
+                    optimiser.state[by_name[name]][key] = kept
+
+
+def rate_at(recipe: Recipe, phase: Phase, step: int, overall: int) -> float:
+    """Warm-up over the whole run, then linear within the phase from its peak to `floor` times its peak."""
+    share = step / max(1, phase.steps)
+    return phase.peak * (1 + (phase.floor - 1) * share) * min(1.0, (overall + 1) / recipe.warmup)
+
+
+_worker: dict[str, Processor] = {}
+
+
+def _produce(job: tuple[Phase, int, dict[str, float]]) -> Batch:
+    if not _worker:
+        torch.set_num_threads(1)
+        _worker["processor"] = load_processor(weights.locate(weights.DEFAULT))
+    phase, seed, mix = job
+    return make(phase, seed, _worker["processor"], mix)
+
+
+def produced(recipe: Recipe, phase: Phase, first: int, overall: int) -> Iterator[Batch]:
+    """The batches of a phase from step `first` on, made ahead by worker processes in order."""
+    jobs = ((phase, recipe.seed * 1_000_003 + overall + s, recipe.kinds) for s in range(first, phase.steps))
+    if not recipe.workers:
+        yield from map(_produce, jobs)
+        return
+    with multiprocessing.get_context("spawn").Pool(recipe.workers) as pool:
+        ahead: deque = deque()
+        for job in jobs:
+            ahead.append(pool.apply_async(_produce, (job,)))
+            if len(ahead) >= 3 * recipe.workers:
+                yield ahead.popleft().get()
+        while ahead:
+            yield ahead.popleft().get()
+
+
+class Losses(NamedTuple):
+    loss: Tensor
+    right: Tensor
+    kinds: Tensor
+    asked: Tensor  # False for a row without a question
+
+
+def train_step(model: Model, composer: Composer, plans: list[Plan], batch: Batch, phase: Phase) -> Losses:
+    """Forward and backward of one batch."""
+    device = model.device
+
+    def put(x: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(x)
+        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+    memory = model.empty_memory(phase.streams)
+    stamps = put(batch.stamps)
+    losses, rights, kinds = [], [], []
+    for segment, (plan, asks) in enumerate(zip(plans, batch.asks, strict=True)):
+        part = slice(segment * phase.frames, (segment + 1) * phase.frames)
+        params = {
+            name: put(np.ascontiguousarray(getattr(batch, name)[:, part])) for name in ("strips", "scene", "grain")
+        }
+        pixels = composer({name: value.flatten(0, 1) for name, value in params.items()})
+        memory = watch(model, memory, plan, pixels.unflatten(0, (phase.streams, -1)), stamps[:, plan.stamps])
+        loss, right = ask(model, memory, put(asks.rows), put(asks.ids), put(asks.labels))
+        losses.append(loss)
+        rights.append(right)
+        kinds.append(put(asks.kinds))
+    loss = torch.cat(losses)
+    asked = torch.cat([put(asks.labels != IGNORED).any(1) for asks in batch.asks])
+    (loss.sum() / asked.sum()).backward()
+    return Losses(loss.detach(), torch.cat(rights), torch.cat(kinds), asked)
+
+
+class Meter:
+    """Loss and accuracy by kind of question since the last line of the log."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.total = torch.zeros(3, len(quiz.KINDS), device=device)
+        self.since, self.steps = time.perf_counter(), 0
+
+    def add(self, losses: Losses) -> None:
+        values = torch.stack([torch.ones_like(losses.loss), losses.loss, losses.right.float()]) * losses.asked
+        self.total.index_add_(1, losses.kinds, values)
+        self.steps += 1
+
+    def line(self) -> dict[str, object]:
+        count, loss, right = self.total.cpu()
+        seconds = time.perf_counter() - self.since
+        kinds = {k: round(float(right[i] / count[i]), 3) for i, k in enumerate(quiz.KINDS) if count[i]}
+        out = {"loss": round(float(loss.sum() / count.sum()), 4), "ms": round(1e3 * seconds / self.steps, 1)}
+        self.total.zero_()
+        self.since, self.steps = time.perf_counter(), 0
+        return out | {"right": kinds}
+
+
+def compiled(model: Model) -> None:
+    """Compile blocks, not the whole: one compilation serves all blocks of a kind."""
+    torch._dynamo.config.cache_size_limit = 64
+    for block in (*model.blocks, *model.vision.blocks):
+        block.compile(dynamic=False)
+
+
+def run(args: argparse.Namespace) -> None:
+    recipe: Recipe = getattr(recipes, args.recipe)()
+    torch.manual_seed(recipe.seed)
+    torch.set_float32_matmul_precision("high")
+    began = time.perf_counter()
+    device = torch.device(args.device)
+    processor = load_processor(weights.locate(weights.DEFAULT))
+    model = Model(tiny(len(processor.tokenizer)), processor).to(device)
+    if device.type == "cuda":
+        model = model.bfloat16()
+    trainer = Trainer(model, recipe)
+    start = 0
+    if args.resume:
+        saved = torch.load(args.resume, map_location="cpu", weights_only=True)
+        start = int(saved.pop("step"))
+        trainer.restore(saved)
+    if args.compile:
+        compiled(model)
+    composer = Composer(device)
+    log = Path(args.out) / "log.jsonl"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    overall = 0
+    for phase in recipe.phases:
+        first = max(0, start - overall)
+        if first < phase.steps:
+            plans, meter = plan_segments(model, phase), Meter(device)
+            for step, batch in enumerate(produced(recipe, phase, first, overall), first):
+                rate = rate_at(recipe, phase, step, overall + step)
+                meter.add(train_step(model, composer, plans, batch, phase))
+                norm = trainer.step(rate)
+                if not math.isfinite(norm):
+                    print(f"step {overall + step}: gradient is not finite; skipped", flush=True)
+                if (step + 1) % args.every == 0 or step + 1 == phase.steps:
+                    line = {"phase": phase.name, "step": overall + step + 1, "rate": rate, "norm": round(norm, 2)}
+                    line |= meter.line() | {"seconds": round(time.perf_counter() - began, 1)}
+                    with log.open("a") as file:
+                        file.write(json.dumps(line) + "\n")
+                    print(json.dumps(line), flush=True)
+                if time.perf_counter() - began > args.seconds:
+                    finish(model, trainer, overall + step + 1, args)
+                    return
+        overall += phase.steps
+    finish(model, trainer, overall, args)
+
+
+def finish(model: Model, trainer: Trainer, step: int, args: argparse.Namespace) -> None:
+    """Write the weights as a checkpoint, and the state for a resumed run."""
+    out = Path(args.out)
+    torch.save({"step": torch.tensor(step), **trainer.state()}, out / "state.pt")
+    model._processor = replace(model.processor)
+    weights.save(model, out / "checkpoint")
+    print(f"step {step}: written to {out}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--recipe", default="default")
+    parser.add_argument("--out", default="runs/default_checkpoint")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--resume", help="state.pt of an earlier run")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="stop and save after so many seconds")
+    parser.add_argument("--every", type=int, default=50, help="steps between lines of the log")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
+    run(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""InfiniteVL: a vision-language model of linear cost that watches a stream for ever with a memory of fixed size.
+
+    import infinitevl
+
+    model = infinitevl.load()  # the small checkpoint that comes along; or a folder, or "hustvl/InfiniteVL"
+    stream = infinitevl.Stream(model)
+    for frame in infinitevl.frames("street.mp4", fps=1):
+        stream.observe(frame)
+    print(stream.ask("what does the sign say?").text)
+"""
+
+from infinitevl.generate import Sampling
+from infinitevl.memory import Memory
+from infinitevl.model import Model
+from infinitevl.stream import Answer, Stream, answer, begin, observe
+from infinitevl.video import Frame, frames
+from infinitevl.weights import load, save
+
+__version__ = "0.1.0"
+__all__ = [
+    "Answer",
+    "Frame",
+    "Memory",
+    "Model",
+    "Sampling",
+    "Stream",
+    "__version__",
+    "answer",
+    "begin",
+    "frames",
+    "load",
+    "observe",
+    "save",
+]
