@@ -286,6 +286,8 @@ def config_from_json(content: dict[str, Any]) -> ModelConfig:
 
     Raises ConfigError naming the key where one is missing, unknown or of a value this code does not implement.
     """
+    if not isinstance(content, dict):
+        raise ConfigError(f"a config is a table of keys, not a {type(content).__name__}")
     kind = content.get("model_type")
     if kind not in _MODEL_TYPES:
         raise ConfigError(f"model_type is {kind!r}; this package reads {' and '.join(_MODEL_TYPES)}")

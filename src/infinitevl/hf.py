@@ -13,6 +13,9 @@ fed with `infinitevl.Stream`. For LoRA: `LoraConfig(target_modules=LORA_TARGETS)
 Letters: B rows, T tokens, D hidden size, N visual tokens.
 """
 
+# mypy: disable-error-code="override"
+# (transformers' signatures are wider than what is supported here, and change from release to release)
+
 from __future__ import annotations
 
 import copy
@@ -33,9 +36,9 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.image_utils import load_image
-from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import ProcessorMixin
+from transformers.utils.generic import ModelOutput
 
 from infinitevl import processor as pictures
 from infinitevl import rope, video, weights
@@ -55,6 +58,7 @@ _PICTURES = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_gri
 # Keys of a config that transformers keeps itself.
 _BASE_KEYS = ("name_or_path", "_commit_hash", "dtype", "torch_dtype", "architectures")
 _HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+_NOT_WITH_A_MEMORY = ("cache_implementation", "prefill_chunk_size", "output_attentions", "output_hidden_states")
 # Arguments of from_pretrained that say what is done anyway, or name what the core decides (attention: infinitevl.ops).
 _WITHOUT_EFFECT = {
     *("trust_remote_code", "use_safetensors", "weights_only", "low_cpu_mem_usage", "attn_implementation"),
@@ -157,16 +161,27 @@ class MemoryCache:
         return self.length
 
 
+@dataclass
+class Output(ModelOutput):
+    """What `forward` returns; also read by position, without what is None.
+
+    loss: mean cross-entropy, float32, where labels were given. logits [B, T, vocab]. past_key_values: with use_cache.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: MemoryCache | None = None
+
+
 class InfiniteVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
     """The package's Model behind transformers' interface. `model` is that Model; parameters keep its names."""
 
     config_class = InfiniteVLConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
-    input_modalities = ("image", "video", "text")
+    input_modalities = ["image", "video", "text"]
     _no_split_modules = ["Block", "VisionBlock"]
     _is_stateful = True  # no assisted decoding: a memory cannot go back
-    _supported_generation_modes = [GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE]
 
     def __init__(self, config: InfiniteVLConfig, processor: Processor | None = None) -> None:
         super().__init__(config)
@@ -229,9 +244,10 @@ class InfiniteVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if not is_main_process:
             return
         body = self.model if state_dict is None else self._with(state_dict)
-        _refuse_adapters(body)
-        weights.save(body, Path(save_directory), _bytes(max_shard_size))
-        self.generation_config.save_pretrained(save_directory)
+        _refuse_unsaveable(body)
+        shard_bytes = _bytes(max_shard_size)
+        self.generation_config.save_pretrained(save_directory)  # checks itself before it writes
+        weights.save(body, Path(save_directory), shard_bytes)
 
     def _with(self, state_dict: dict[str, Tensor]) -> Model:
         """A model of the same kind with weights under this class's names."""
@@ -272,14 +288,14 @@ class InfiniteVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-    ) -> CausalLMOutputWithPast | tuple[Tensor, ...]:
+    ) -> Output | tuple[Any, ...]:
         """Logits [B, T, vocab] of a prompt, or of what continues one.
 
         input_ids [B, T] with one image or video token for each visual token, or inputs_embeds [B, T, D] of text.
         attention_mask [B, T], 0 where a token is not there (at either end); with a past also [B, past + T].
-        position_ids [3, B, T]; None: the trained rule. pixel_values, pixel_values_videos: patches [N * merge^2, 1176] of
-        all pictures in the order of their places; their grids [pictures, 3] in patches (time, rows, columns);
-        second_per_grid_ts: seconds per temporal grid of each video, None: 1.
+        position_ids [3, B, T]; None: the trained rule. pixel_values, pixel_values_videos: the patches of all images, of
+        all videos, [N * merge^2, 1176], in the order of their places; their grids [pictures, 3] count patches (time,
+        rows, columns). second_per_grid_ts: seconds per temporal grid of each video, None: 1.
         labels [B, T]: the mean cross-entropy of each token given those before it; -100 is left out.
         past_key_values: what came before, consumed; use_cache=True: start one. logits_to_keep: only the last ones.
         Raises ValueError where these do not fit each other.
@@ -302,7 +318,7 @@ class InfiniteVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         hidden, cache = self._run(hidden, position_ids, present, cache)
         logits = self.model.logits(hidden[:, -logits_to_keep:])
         loss = None if labels is None else _loss(logits, labels)
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        output = Output(loss=loss, logits=logits, past_key_values=cache)
         return output.to_tuple() if return_dict is False else output
 
     def _look(self, patches: Tensor | None, grids: list[Grid], names: str) -> Tensor | None:
@@ -413,6 +429,17 @@ class InfiniteVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> None:
         """None: forward has the rule, and generate() would count tokens."""
 
+    def _validate_generation_mode(
+        self,
+        generation_mode: GenerationMode,
+        generation_config: GenerationConfig,
+        generation_mode_kwargs: dict[str, Any],
+    ) -> None:
+        """Refuses beams, assistants and other ways that go back to an earlier state."""
+        if generation_mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+            mode = str(generation_mode.value).replace("_", " ")
+            raise ValueError(f"generate: {mode} is not supported: a memory only goes forward; use greedy or sampling")
+
     def _prepare_cache_for_generation(
         self,
         generation_config: GenerationConfig,
@@ -422,10 +449,7 @@ class InfiniteVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         max_cache_length: int,
     ) -> None:
         """An empty memory. What does not go with one is refused here, where all settings are known."""
-        _refuse(
-            "generate",
-            {key: getattr(generation_config, key, None) for key in ("cache_implementation", "prefill_chunk_size")},
-        )
+        _refuse("generate", {key: getattr(generation_config, key, None) for key in _NOT_WITH_A_MEMORY})
         if generation_config.use_cache is False:
             raise ValueError("generate: use_cache=False is not supported: the memory has a fixed size; leave it out")
         if model_kwargs.get("past_key_values") is not None:
@@ -443,7 +467,7 @@ class InfiniteVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         **model_kwargs: Any,
     ) -> tuple[Tensor | None, dict[str, Any]]:
-        """Refuses more than one answer to a row: pictures belong to a batch as a whole and cannot be repeated by row."""
+        """Refuses more than one answer to a row: pictures belong to the batch and cannot be repeated row by row."""
         if expand_size != 1:
             raise ValueError(
                 f"generate: {expand_size} sequences for a row are not supported: repeat the row in the batch"
@@ -461,7 +485,7 @@ def _grids(grids: Tensor | None, seconds: Tensor | Sequence[float] | None) -> li
     times = [1.0] * len(sizes) if seconds is None else [float(second) for second in seconds]
     if len(times) != len(sizes):
         raise ValueError(f"second_per_grid_ts has {len(times)} entries for {len(sizes)} videos")
-    return [Grid(*size, second) for size, second in zip(sizes, times, strict=True)]
+    return [Grid(time, rows, columns, s) for (time, rows, columns), s in zip(sizes, times, strict=True)]
 
 
 def _present(mask: Tensor | None, shape: torch.Size, past: int) -> Tensor | None:
@@ -491,7 +515,9 @@ def _refuse(where: str, options: dict[str, Any]) -> None:
             raise ValueError(f"{where}: {name}={value!r} is not supported; leave it out")
 
 
-def _refuse_adapters(body: Model) -> None:
+def _refuse_unsaveable(body: Model) -> None:
+    """ValueError where there is no processor to save, or an adapter between the model's own parts."""
+    _ = body.processor
     for name, _ in body.named_parameters():
         try:
             weights.disk_name(name)
@@ -582,7 +608,8 @@ class InfiniteVLProcessor(ProcessorMixin):
     ) -> InfiniteVLProcessor:
         """The processor of a checkpoint's folder or hub id. Raises ConfigError or CheckpointError in one line."""
         folder = _folder(pretrained_model_name_or_path, options)
-        _refuse("from_pretrained", {key: value for key, value in options.items() if key not in _WITHOUT_EFFECT})
+        without_effect = _WITHOUT_EFFECT | {"dtype", "torch_dtype", "device_map"}  # pipelines pass the model's
+        _refuse("from_pretrained", {key: value for key, value in options.items() if key not in without_effect})
         return cls(load_processor(folder))
 
     def save_pretrained(
@@ -755,6 +782,8 @@ def _clip(clip: Any, fps: float) -> Tensor:
     """Pixels uint8 [frames, height, width, 3] of a video, files sampled at `fps`."""
     if isinstance(clip, str | os.PathLike):
         with video.frames(os.fspath(clip), fps=fps) as source:
+            if source.live:
+                raise ValueError(f"{source.name}: a live source has no end; watch it with infinitevl.Stream")
             clip = [frame.pixels for frame in source]
     return torch.stack([_image(frame) for frame in clip])
 
@@ -808,4 +837,5 @@ def _own_processor_first(others: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _register()
-AutoProcessor.from_pretrained = staticmethod(_own_processor_first(AutoProcessor.from_pretrained))
+_OTHERS = AutoProcessor.from_pretrained
+AutoProcessor.from_pretrained = staticmethod(_own_processor_first(_OTHERS))  # type: ignore[method-assign]

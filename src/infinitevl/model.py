@@ -129,8 +129,11 @@ class Model(nn.Module):
         else:
             step, count = present.long().cumsum(1) - 1, present.long().sum(1)
         if memory is None:
+            if segment is not None:
+                segment = _filled(segment, present)
+                step = _since_segment(step, segment)
             index = step if present is None else torch.where(present, step, -1)
-            return Where(turns, index, present, None if segment is None else _filled(segment, present)), None
+            return Where(turns, index, present, segment), None
         if segment is not None:
             raise ValueError("segments are for packed training: they go without a memory")
         index = memory.seen[:, None] + step
@@ -162,6 +165,12 @@ def _filled(segment: Tensor, present: Tensor | None) -> Tensor:
     latest = torch.where(present, place, -1).cummax(1).values
     first = present.long().argmax(1, keepdim=True)
     return segment.gather(1, torch.where(latest < 0, first, latest))
+
+
+def _since_segment(step: Tensor, segment: Tensor) -> Tensor:
+    """step [B, T] counted from the first token of each segment: every one has sinks of its own."""
+    begins = segment != segment.roll(1, dims=1)
+    return step - torch.where(begins, step, 0).clamp(min=0).cummax(1).values
 
 
 def _initialise(module: nn.Module) -> None:

@@ -46,6 +46,7 @@ QWEN_TEMPLATE = (
 )
 PADS = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
 
+_QUESTION, _ANSWER = "what is this?", "a test."  # stand in for the words of a conversation while its format is cut
 _ASPECT = 200  # longest side over shortest that Qwen's size rule accepts
 _VIDEO_TOKENS = 128_000  # context that Qwen's video rule plans for; nine tenths of it are for pictures
 _SETTINGS = "preprocessor_config.json"
@@ -281,9 +282,6 @@ class Chat:
     def plain(self, text: str) -> Ids:
         """Ids of text as text. Always with the same setting: the tokenizer then never changes under another thread."""
         return tuple(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
-
-
-_QUESTION, _ANSWER = "what is this?", "a test."  # stand in for the words of a conversation while its format is cut
 
 
 def _render(tokenizer: Any, parts: list[str], *then: str) -> str:

@@ -48,6 +48,7 @@ ROUNDING = Fraction(1, 1000)  # seconds: Matroska and FLV round their times to t
 BACKWARD, FORWARD = Fraction(-1), Fraction(10)  # seconds: a jump of timestamps beyond these begins a new count
 BEHIND, AHEAD = -1.0, 10.0  # seconds: the same for a running playlist against the wall clock
 CUT_SHORT = (Fraction(1), Fraction(1, 20))  # seconds, share of the length: what may be missing at the end of a file
+GENPTS = 0x0001  # FFmpeg's AVFMT_FLAG_GENPTS, which PyAV sets: in AVI it invents times in the wrong order
 TS_DISCONT = 0x0200  # FFmpeg's AVFMT_TS_DISCONT: the clock of such a format may be set anew in the middle
 USUAL_RATE = 25  # pictures a second of a stream that states neither times nor rate
 
@@ -89,7 +90,7 @@ class Reconnect:
 
     def wait(self, attempt: int) -> float:
         """Seconds before attempt `attempt`, counted from 0."""
-        return min(self.first * 2.0**attempt, self.longest)
+        return min(self.first * 2 ** min(attempt, 32), self.longest)
 
 
 PATIENT = Reconnect()
@@ -281,9 +282,9 @@ class _Pipe:
         self.interrupt: KeyboardInterrupt | None = None
 
     def read(self, size: int) -> bytes:
-        """At most `size` bytes, as soon as there are any; none at the end."""
+        """At most `size` bytes, as soon as there are any; none at the end, however often FFmpeg asks again."""
         try:
-            return os.read(0, size)
+            return b"" if self.interrupt else os.read(0, size)
         except KeyboardInterrupt as interrupt:
             self.interrupt = interrupt
             return b""
@@ -304,6 +305,7 @@ class _Video:
     def __init__(self, container: InputContainer, place: _Place, pipe: _Pipe | None = None) -> None:
         self.name, self.place = place.name, place
         self._container, self._pipe = container, pipe
+        container.flags &= ~GENPTS
         self.stream = _choose(container, place.name)
         self.aspect = self.stream.sample_aspect_ratio or Fraction(1)
         self.playlist = "hls" in container.format.name.split(",")
@@ -362,6 +364,8 @@ class _Video:
         whole = self._length_to_hold()
         if whole and whole - end > max(CUT_SHORT[0], whole * CUT_SHORT[1]):
             return f"it breaks off after {float(end):.1f} of {float(whole):.1f} s; {again}"
+        if self.place.kind == "path" and _cut_riff(self.place.address):
+            return f"it breaks off after {float(end):.1f} s; {again}"
         return f"{self.damaged} damaged pieces were skipped; {again}" if self.damaged else None
 
     def _length_to_hold(self) -> Fraction | None:
@@ -394,6 +398,15 @@ def _stated(stream: VideoStream) -> Fraction | None:
         return stream.duration * stream.time_base
     tag = re.fullmatch(r"(\d+):(\d\d):(\d\d(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
     return int(tag[1]) * 3600 + int(tag[2]) * 60 + Fraction(tag[3]) if tag else None
+
+
+def _cut_riff(path: str) -> bool:
+    """True for an AVI file shorter than its first eight bytes say: FFmpeg trims its stated length to what is there."""
+    if not os.path.isfile(path):
+        return False
+    with open(path, "rb") as file:
+        name, size = file.read(4), int.from_bytes(file.read(4), "little")
+    return name == b"RIFF" and os.path.getsize(path) < size + 8 < 2**32  # all ones: a writer that did not know
 
 
 class _Timeline:
@@ -432,6 +445,11 @@ class _Timeline:
         return stamp - self._origin
 
 
+def _stamp(picture: av.VideoFrame) -> int | None:
+    """When to show a picture, in its stream's time base; formats that keep only the order of decoding give that."""
+    return picture.dts if picture.pts is None else picture.pts
+
+
 def _sample(stamped: Iterable[tuple[Fraction, T]], rate: Fraction | None) -> Iterator[tuple[Fraction, T]]:
     """At each instant k / rate the newest item at or before it, up to the last item; all of them if rate is None.
 
@@ -461,7 +479,7 @@ def _recorded(video: _Video, rate: Fraction | None, fit: _Fit) -> Iterator[Frame
     with closing(video):
         stream = video.stream
         timeline = _Timeline(stream.time_base or Fraction(1), stream.average_rate, video.jumps)
-        stamped = ((timeline(picture.pts, picture.duration), picture) for picture in video.pictures())
+        stamped = ((timeline(_stamp(picture), picture.duration), picture) for picture in video.pictures())
         for at, picture in _sample(stamped, rate):
             yield Frame(float(at), fit(picture, video.aspect))
         video.complain(timeline.stamp)

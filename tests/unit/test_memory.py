@@ -116,7 +116,7 @@ def test_bytes_stay_the_same_for_a_hundred_windows(sinks):
         _, memory = feed(model, memory, torch.randn(1, 5 + turn % 2, 32))
         tokens += 5 + turn % 2
         assert memory.nbytes == size
-    held = {id(leaf.untyped_storage()): leaf.untyped_storage().nbytes() for _, leaf in memory.named()}
+    held = {leaf.untyped_storage().data_ptr(): leaf.untyped_storage().nbytes() for _, leaf in memory.named()}
     assert sum(held.values()) <= size * (WINDOW + 2) / WINDOW, "leaves keep more alive than they show"
     assert tokens >= 100 * WINDOW and memory.seen.tolist() == [tokens] and memory.clock.tolist() == [tokens]
     newest = range(tokens - WINDOW, tokens)

@@ -1,4 +1,4 @@
-"""Every kind of source, made here: files of all shapes and states of health, pictures, pipes, and servers on loopback."""
+"""Every kind of source, made here: files in all states of health, pictures, pipes, and servers on loopback."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import gc
 import http.server
 import io
 import os
-import queue
 import signal
 import socket
 import socketserver
@@ -165,7 +164,9 @@ def test_one_frame(tmp_path: Path) -> None:
         assert (frame.time, number(frame.pixels)) == (0.0, 7)
 
 
-@pytest.mark.parametrize(("codec", "pixel_format", "name"), [("libx264", "yuv444p", "o.mp4"), ("mpeg4", "yuv420p", "o.avi")])
+@pytest.mark.parametrize(
+    ("codec", "pixel_format", "name"), [("libx264", "yuv444p", "o.mp4"), ("mpeg4", "yuv420p", "o.avi")]
+)
 def test_odd_sizes(tmp_path: Path, codec: str, pixel_format: str, name: str) -> None:
     write(tmp_path / name, [painted(n, (47, 65)) for n in range(5)], codec=codec, pixel_format=pixel_format)
     seen = list(frames(tmp_path / name))
@@ -184,7 +185,11 @@ def flag() -> np.ndarray:
 def corners(pixels: np.ndarray) -> str:
     """One letter for each quarter, row by row."""
     height, width = pixels.shape[0] // 2, pixels.shape[1] // 2
-    quarters = [pixels[rows, columns] for rows in (slice(height), slice(height, None)) for columns in (slice(width), slice(width, None))]
+    quarters = [
+        pixels[rows, columns]
+        for rows in (slice(height), slice(height, None))
+        for columns in (slice(width), slice(width, None))
+    ]
     means = [quarter.reshape(-1, 3).mean(0) for quarter in quarters]
     return "".join("rgb"[int(mean.argmax())] if mean.max() > 90 else "-" for mean in means)
 
@@ -209,7 +214,9 @@ def test_mirrored(tmp_path: Path) -> None:
     assert corners(next(frames(tmp_path / "u.mp4")).pixels) == "-gbr"
 
 
-@pytest.mark.parametrize(("aspect", "shape"), [(Fraction(2), (24, 64)), (Fraction(3, 4), (48, 48)), (Fraction(1), (48, 64))])
+@pytest.mark.parametrize(
+    ("aspect", "shape"), [(Fraction(2), (24, 64)), (Fraction(3, 4), (48, 48)), (Fraction(1), (48, 64))]
+)
 def test_pixels_are_made_square(tmp_path: Path, aspect: Fraction, shape: tuple[int, int]) -> None:
     def prepare(stream: av.VideoStream) -> None:
         stream.codec_context.sample_aspect_ratio = aspect
@@ -220,7 +227,8 @@ def test_pixels_are_made_square(tmp_path: Path, aspect: Fraction, shape: tuple[i
 
 
 @pytest.mark.parametrize(
-    ("box", "shape"), [((24, 24), (18, 24)), ((12, 64), (12, 16)), ((48, 64), (48, 64)), ((500, 500), (48, 64)), ((1, 1), (1, 1))]
+    ("box", "shape"),
+    [((24, 24), (18, 24)), ((12, 64), (12, 16)), ((48, 64), (48, 64)), ((500, 500), (48, 64)), ((1, 1), (1, 1))],
 )
 def test_the_box_shrinks_and_never_enlarges(tmp_path: Path, box: tuple[int, int], shape: tuple[int, int]) -> None:
     write(tmp_path / "a.mp4", [flag()])
@@ -233,8 +241,8 @@ def test_the_box_shrinks_and_never_enlarges(tmp_path: Path, box: tuple[int, int]
 
 def test_pixels_are_the_readers_own(tmp_path: Path) -> None:
     """A gap repeats a picture: writing into one frame must not show in the next."""
-    write(tmp_path / "a.mkv", [painted(1), painted(2)], [0.0, 1.0], codec="ffv1", pixel_format="bgr0")
-    source = frames(tmp_path / "a.mkv", fps=10)
+    write(tmp_path / "a.mov", [painted(1), painted(2)], rate=1, codec="png", pixel_format="rgb24")
+    source = frames(tmp_path / "a.mov", fps=10)
     first = next(source).pixels
     assert first.flags.writeable and first.flags.c_contiguous
     first[:] = 0
@@ -244,15 +252,22 @@ def test_pixels_are_the_readers_own(tmp_path: Path) -> None:
 # Damage
 
 
+def noisy(count: int) -> list[np.ndarray]:
+    """Painted pictures with still noise, so that they outweigh a file's headers."""
+    noise = np.random.default_rng(0).integers(0, 20, (48, 64, 1), np.uint8)
+    return [painted(n) + noise - 10 for n in range(count)]
+
+
 def halved(path: Path, share: float = 0.5) -> None:
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * share)])
 
 
-@pytest.mark.parametrize(("name", "muxer_options"), [("t.mp4", {"movflags": "faststart"}), ("t.mkv", {}), ("t.avi", {})])
+@pytest.mark.parametrize(
+    ("name", "muxer_options"), [("t.mp4", {"movflags": "faststart"}), ("t.mkv", {}), ("t.avi", {})]
+)
 def test_truncated_in_the_middle(tmp_path: Path, name: str, muxer_options: dict[str, str]) -> None:
-    noise = np.random.default_rng(0).integers(0, 40, (48, 64, 3), np.uint8)  # so that pictures outweigh the header
-    write(tmp_path / name, [painted(n) + noise for n in range(80)], options={"g": "5"}, muxer_options=muxer_options)
+    write(tmp_path / name, noisy(80), options={"g": "5"}, muxer_options=muxer_options)
     halved(tmp_path / name, 0.6)
     seen, error = until_error(frames(tmp_path / name))
     assert 20 <= len(seen) < 70
@@ -263,7 +278,7 @@ def test_truncated_in_the_middle(tmp_path: Path, name: str, muxer_options: dict[
 
 def test_damaged_in_the_middle_gives_what_is_before_and_after(tmp_path: Path) -> None:
     path = tmp_path / "d.mp4"
-    write(path, [painted(n) for n in range(60)], options=INTRA)
+    write(path, noisy(60), options=INTRA)
     data = bytearray(path.read_bytes())
     media = data.index(b"mdat") + 4
     span = (data.index(b"moov") - media) // 3
@@ -410,7 +425,8 @@ def test_no_picture_at_all(tmp_path: Path, name: str) -> None:
 # Pipes and what reaches the terminal
 
 CHILD = """
-import importlib.util, sys
+import importlib.util, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs without it
 spec = importlib.util.spec_from_file_location("video", sys.argv[1])
 video = sys.modules["video"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(video)
@@ -451,8 +467,8 @@ def test_a_file_on_standard_input_and_silence_about_damage(tmp_path: Path) -> No
     """FFmpeg's own complaints about a damaged file must not reach the terminal."""
     write(tmp_path / "a.mp4", [painted(n) for n in range(50)])
     for name in ("b.avi", "b.mkv"):
-        write(tmp_path / name, [painted(n) for n in range(50)])
-        halved(tmp_path / name, 0.8)
+        write(tmp_path / name, noisy(50))
+        halved(tmp_path / name)
     header_only(tmp_path / "c.mp4")
     with (tmp_path / "a.mp4").open("rb") as stdin, child("-", *tmp_path.glob("[bc].*"), stdin=stdin) as process:
         out, err = process.communicate(timeout=30)
@@ -471,3 +487,348 @@ def test_ctrl_c_ends_a_pipe_that_waits() -> None:
         time.sleep(0.1)
         process.send_signal(signal.SIGINT)
         assert process.stdout.readline() == b"interrupted\n"
+
+
+# Live sources, served on loopback
+
+Answer = Callable[[http.server.BaseHTTPRequestHandler], None]
+
+
+@contextmanager
+def web(answer: Answer) -> Iterator[str]:
+    """An http server whose GET is `answer`; yields its address."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            try:
+                answer(self)
+            except OSError:
+                self.close_connection = True  # the reader went away
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Quiet."""
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def answer_with(handler: http.server.BaseHTTPRequestHandler, data: bytes, length: bool = True, rate: int = 0) -> None:
+    """Send `data`, at once or in pieces of two transport packets, `rate` a second."""
+    handler.send_response(200)
+    if length:
+        handler.send_header("Content-Length", str(len(data)))
+    handler.end_headers()
+    step = 2 * 188 if rate else len(data)
+    for start in range(0, len(data), step):
+        handler.wfile.write(data[start : start + step])
+        time.sleep(1 / rate if rate else 0)
+
+
+def wait_until(holds: Callable[[], bool], seconds: float = 5.0) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.005)
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    yield
+    assert count_video_threads() == 0
+
+
+def test_a_lost_connection_is_taken_up_again_and_given_up_in_the_end() -> None:
+    counts = [20, 30, 5, 5, 5]
+    pieces = [transport_stream(count) for count in counts]
+
+    def answer(handler: http.server.BaseHTTPRequestHandler) -> None:
+        if pieces:
+            answer_with(handler, pieces.pop(0), length=False, rate=200)
+        else:
+            handler.send_error(404)
+
+    with web(answer) as address:
+        source = frames(address, reconnect=HASTY)
+        assert (source.live, source.duration) == (True, None)
+        seen, error = until_error(source)
+    assert [number(frame.pixels) for frame in seen] == [n for count in counts for n in range(count)]
+    times = [frame.time for frame in seen]
+    assert all(a < b for a, b in zip(times, times[1:], strict=False))
+    assert 0 <= times[0] < 1 and times[20] - times[19] > HASTY.first
+    assert (source.dropped, error.frames) == (0, 65)
+    assert address in str(error) and "3 attempts" in str(error) and "404" in str(error)
+
+
+@pytest.mark.parametrize(("drop", "kept"), [("oldest", range(42, 50)), ("newest", range(8))])
+def test_a_slow_reader_loses_frames_and_they_are_counted(drop: str, kept: range) -> None:
+    with web(lambda handler: answer_with(handler, transport_stream(50), length=False)) as address:
+        source = frames(address, drop=drop, reconnect=Reconnect(attempts=0))
+        wait_until(lambda: count_video_threads() == 0)
+        assert source.dropped == 50 - video.QUEUE
+        seen, error = until_error(source)
+    assert [number(frame.pixels) for frame in seen] == list(kept)
+    assert error.frames == 50
+
+
+def test_a_slow_reader_of_a_recording_on_the_web_loses_nothing(tmp_path: Path) -> None:
+    write(tmp_path / "a.mp4", [painted(n) for n in range(30)], muxer_options={"movflags": "faststart"})
+    for data, duration in ((transport_stream(30), None), ((tmp_path / "a.mp4").read_bytes(), 1.2)):
+        with web(lambda handler, data=data: answer_with(handler, data)) as address:
+            source = frames(address)
+            time.sleep(0.1)
+            assert (source.live, source.duration) == (False, duration)
+            assert [number(frame.pixels) for frame in source] == list(range(30))
+            assert source.dropped == 0
+
+
+def endless(handler: http.server.BaseHTTPRequestHandler) -> None:
+    """Pictures for ever: what is sent stays one connection, so the numbers of the pictures repeat."""
+    handler.send_response(200)
+    handler.end_headers()
+    data = transport_stream(50)
+    while True:
+        handler.wfile.write(data)
+        time.sleep(0.02)
+
+
+def test_close_joins_the_thread() -> None:
+    with web(endless) as address, frames(address, reconnect=HASTY) as source:
+        next(source)
+        assert count_video_threads() == 1
+        source.close()
+        assert count_video_threads() == 0
+        assert list(source) == []
+
+
+def test_a_forgotten_source_ends_its_thread() -> None:
+    with web(endless) as address:
+        for _ in frames(address):
+            break
+        gc.collect()
+        wait_until(lambda: count_video_threads() == 0)
+
+
+def test_silence_counts_as_a_lost_connection_and_few_pictures_are_enough_to_begin() -> None:
+    hold = threading.Event()
+
+    def answer(handler: http.server.BaseHTTPRequestHandler) -> None:
+        answer_with(handler, transport_stream(8), length=False)
+        hold.wait(5)
+
+    with web(answer) as address:
+        began = time.monotonic()
+        seen, error = until_error(frames(address, reconnect=Reconnect(attempts=0, silence=0.4)))
+        took = time.monotonic() - began
+        hold.set()
+    assert len(seen) >= 1 and "nothing arrived for 0.4 s" in str(error)
+    assert 0.4 <= took < 2
+
+
+@pytest.mark.parametrize(
+    "source", ["http://user:secret@127.0.0.1:9/", "tcp://127.0.0.1:9", "rtsp://127.0.0.1:9/", "gopher://x", 987]
+)
+def test_a_live_source_that_is_not_there_is_refused_at_once(source: str | int) -> None:
+    with pytest.raises(VideoError) as caught:
+        frames(source)
+    message = str(caught.value)
+    assert caught.value.frames == 0 and "\n" not in message and "secret" not in message
+    assert str(source).replace("secret", "***") in message
+
+
+def test_back_off_doubles_up_to_a_limit() -> None:
+    patience = Reconnect()
+    assert [patience.wait(n) for n in range(patience.attempts)] == [0.5, 1, 2, 4, 8, 15, 15, 15]
+    assert patience.wait(2000) == 15
+
+
+@pytest.mark.parametrize(("own", "fps", "kept"), [(25, 25, 1000), (30, 25, 833), (10, 25, 1000), (30, 2, 67)])
+def test_live_pictures_are_thinned_evenly_in_spite_of_jitter(own: int, fps: int, kept: int) -> None:
+    rng = np.random.default_rng(0)
+    arrivals = [(n + rng.uniform(-0.3, 0.3)) / own for n in range(1, 1001)]
+    thin = video._Thin(Fraction(fps))
+    passed = [at for at in arrivals if thin(at)]
+    assert abs(len(passed) - kept) <= 0.03 * kept
+    assert np.diff(passed).max() < 2.1 / min(own, fps)
+
+
+def test_tcp() -> None:
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.sendall(transport_stream(8))
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        source = frames(f"tcp://127.0.0.1:{server.server_address[1]}", reconnect=Reconnect(attempts=0))
+        seen, _ = until_error(source)
+        server.shutdown()
+    assert [number(frame.pixels) for frame in seen] == list(range(8)) and source.live
+
+
+@contextmanager
+def sending(packets: Iterator[bytes], send: Callable[[bytes], object], rate: float) -> Iterator[None]:
+    """A thread that sends a packet every 1/rate seconds."""
+    over = threading.Event()
+
+    def work() -> None:
+        for packet in packets:
+            if over.wait(1 / rate):
+                return
+            send(packet)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def transport_packets() -> Iterator[bytes]:
+    data = transport_stream(50)
+    while True:
+        yield from (data[start : start + 7 * 188] for start in range(0, len(data), 7 * 188))
+
+
+def test_udp() -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as free:
+        free.bind(("127.0.0.1", 0))
+        address = free.getsockname()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        with sending(transport_packets(), lambda packet: sender.sendto(packet, address), rate=100):
+            with frames(f"udp://127.0.0.1:{address[1]}", reconnect=HASTY) as source:
+                seen = [next(source) for _ in range(5)]
+    assert source.live and len({number(frame.pixels) for frame in seen}) == 5
+
+
+class Camera(socketserver.StreamRequestHandler):
+    """The least of an rtsp camera: MPEG-TS in RTP, interleaved in its one connection (RFC 2326, 3551)."""
+
+    def handle(self) -> None:
+        sdp = b"v=0\r\no=- 0 0 IN IP4 127.0.0.1\r\ns=test\r\nt=0 0\r\nm=video 0 RTP/AVP 33\r\na=control:track\r\n"
+        extra = {
+            "DESCRIBE": ("Content-Type: application/sdp\r\n", sdp),
+            "SETUP": ("Transport: RTP/AVP/TCP;unicast;interleaved=0-1\r\nSession: 1\r\n", b""),
+        }
+        while line := self.rfile.readline().decode():
+            method, number = line.split(" ")[0], ""
+            while header := self.rfile.readline().decode().strip():
+                number = header.split(": ")[1] if header.startswith("CSeq") else number
+            head, body = extra.get(method, ("", b""))
+            self.wfile.write(
+                f"RTSP/1.0 200 OK\r\nCSeq: {number}\r\n{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+            )
+            if method == "PLAY":
+                return self.play()
+
+    def play(self) -> None:
+        for count, payload in enumerate(transport_packets()):
+            packet = struct.pack(">BBHII", 0x80, 33, count & 0xFFFF, count * 3600, 1) + payload
+            try:
+                self.wfile.write(struct.pack(">cBH", b"$", 0, len(packet)) + packet)
+            except OSError:
+                return
+            time.sleep(0.01)
+
+
+def test_rtsp() -> None:
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Camera) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        with frames(f"rtsp://127.0.0.1:{server.server_address[1]}/cam", reconnect=HASTY) as source:
+            seen = [next(source) for _ in range(5)]
+        server.shutdown()
+    assert source.live and len({number(frame.pixels) for frame in seen}) == 5
+
+
+@pytest.fixture(scope="module")
+def playlist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An HLS recording of 3 seconds in 6 pieces."""
+    path = tmp_path_factory.mktemp("hls") / "list.m3u8"
+    options = {"hls_time": "0.5", "hls_list_size": "0"}
+    write(
+        path, [painted(n) for n in range(60)], rate=20, options=INTRA | {"g": "10"}, muxer="hls", muxer_options=options
+    )
+    return path
+
+
+def test_a_finished_playlist_is_a_recording(playlist: Path) -> None:
+    def answer(handler: http.server.BaseHTTPRequestHandler) -> None:
+        answer_with(handler, (playlist.parent / handler.path[1:]).read_bytes())
+
+    with web(answer) as address:
+        source = frames(address + playlist.name)
+        assert (source.live, source.duration) == (False, 3.0)
+        assert [number(frame.pixels) for frame in source] == list(range(60))
+
+
+def test_of_several_qualities_only_one_is_downloaded(playlist: Path) -> None:
+    asked: list[str] = []
+
+    def answer(handler: http.server.BaseHTTPRequestHandler) -> None:
+        asked.append(handler.path)
+        variants = "".join(f"#EXT-X-STREAM-INF:BANDWIDTH={n}00000\n{n}/{playlist.name}\n" for n in (1, 2))
+        main = ("#EXTM3U\n" + variants).encode()
+        name = handler.path.rpartition("/")[2]
+        answer_with(handler, main if name == "main.m3u8" else (playlist.parent / name).read_bytes())
+
+    with web(answer) as address:
+        assert len(list(frames(address + "main.m3u8"))) == 60
+    pieces = [sum(path.startswith(f"/{n}/") and path.endswith(".ts") for path in asked) for n in (1, 2)]
+    assert max(pieces) >= 6 and min(pieces) <= 2, asked
+
+
+def test_a_running_playlist_is_shown_at_its_own_pace_and_ends_with_its_broadcast(playlist: Path) -> None:
+    """Pieces of half a second appear in real time; the pictures of each must be spread over that half second."""
+    began: list[float] = []
+
+    def answer(handler: http.server.BaseHTTPRequestHandler) -> None:
+        began.append(time.monotonic())
+        if not handler.path.endswith("m3u8"):
+            return answer_with(handler, (playlist.parent / handler.path[1:]).read_bytes())
+        *pieces, end = playlist.read_text().split("#EXTINF")
+        pieces[1:] = ["#EXTINF" + piece for piece in pieces[1:]]
+        last, close = end.split("#EXT-X-ENDLIST")
+        pieces.append("#EXTINF" + last)
+        shown = 3 + int((time.monotonic() - began[0]) / 0.5)
+        text = "".join(pieces[: 1 + shown]) + ("#EXT-X-ENDLIST" + close if shown > 6 else "")
+        answer_with(handler, text.encode())
+
+    with web(answer) as address:
+        source = frames(address + playlist.name, fps=10, reconnect=HASTY)
+        assert source.live
+        seen = list(source)
+    gaps = np.diff([frame.time for frame in seen])
+    assert 24 <= len(seen) <= 33
+    assert gaps.max() < 0.6 and np.median(gaps) == pytest.approx(0.1, abs=0.03)
+
+
+# Real footage
+
+needs_media = pytest.mark.skipif(
+    not MEDIA.is_dir(), reason="no shared media here; INFINITEVL_SHARED names their folder"
+)
+
+
+@needs_media
+@pytest.mark.parametrize(
+    ("name", "count", "rate", "shape"),
+    [("1.mp4", 243, 25, (360, 640)), ("3.mp4", 146, 24000 / 1001, (360, 640)), ("2.avi", 270, 359 / 12, (240, 320))],
+)
+def test_real_footage(name: str, count: int, rate: float, shape: tuple[int, int]) -> None:
+    seen = [
+        (frame.time, frame.pixels.shape[:2], float(frame.pixels[::16, ::16].std())) for frame in frames(MEDIA / name)
+    ]
+    assert len(seen) == count
+    assert {part[1] for part in seen} == {shape}
+    assert [part[0] for part in seen] == pytest.approx([n / rate for n in range(count)], abs=1e-3)
+    assert min(part[2] for part in seen) > 5
+    sampled = list(frames(MEDIA / name, fps=2, size=(112, 112)))
+    assert [frame.time for frame in sampled] == [n / 2 for n in range(int((count - 1) / rate * 2) + 1)]
+    assert {max(frame.pixels.shape[:2]) for frame in sampled} == {112}
