@@ -15,23 +15,20 @@ IGNORED = -100  # label of a token whose successor is not learned
 LONGEST = 28  # tokens of a question with its answer
 
 
-class Asks(NamedTuple):
-    """Questions after one segment: row of the memory they are asked of [N], ids and labels [N, LONGEST], kinds [N]."""
-
-    rows: np.ndarray
-    ids: np.ndarray
-    labels: np.ndarray
-    kinds: np.ndarray
-
-
 class Batch(NamedTuple):
-    """strips, scene, grain: parameters of all frames [B, F, ...]. stamps [B, number of stamps, tokens of a stamp]."""
+    """One step's numbers. B stories of F frames in S segments, N = B * asks questions after each, L tokens of one.
+
+    strips [B, F, 8, 59], scene [B, F, 12], grain [B, F]: what the composer takes. stamps [B, stamps, tokens of one].
+    ids, labels [S, N, L]: questions with their answers, of which only the answers are learned. kinds [S, N].
+    """
 
     strips: np.ndarray
     scene: np.ndarray
     grain: np.ndarray
     stamps: np.ndarray
-    asks: list[Asks]
+    ids: np.ndarray
+    labels: np.ndarray
+    kinds: np.ndarray
 
 
 def make(phase: Phase, seed: int, processor: Processor, mix: dict[str, float]) -> Batch:
@@ -41,15 +38,15 @@ def make(phase: Phase, seed: int, processor: Processor, mix: dict[str, float]) -
     rng = np.random.default_rng([seed, 7])
     every = int(processor.config.stamp_seconds or 0)
     stamps = [[processor.stamp_ids(int(t0) + at) for at in range(0, frames, every)] for t0 in stories.t0]
-    asks = [
-        _asks(stories, phase, end - 1, rng, processor, mix) for end in range(phase.frames, frames + 1, phase.frames)
-    ]
-    return Batch(stories.strips, stories.scene, stories.grain, np.array(stamps, np.int64), asks)
+    ends = range(phase.frames - 1, frames, phase.frames)
+    asks = [_asks(stories, phase, end, rng, processor, mix) for end in ends]
+    ids, labels, kinds = (np.stack(parts) for parts in zip(*asks, strict=True))
+    return Batch(stories.strips, stories.scene, stories.grain, np.array(stamps, np.int64), ids, labels, kinds)
 
 
 def _asks(
     stories: Stories, phase: Phase, frame: int, rng: np.random.Generator, processor: Processor, mix: dict[str, float]
-) -> Asks:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Up to `asks` questions of each story after `frame`; where there are fewer, rows stay without labels."""
     count = phase.streams * phase.asks
     ids = np.full((count, LONGEST), processor.chat.after[0], np.int64)
@@ -64,7 +61,7 @@ def _asks(
             ids[at, : len(prompt) + len(answer)] = prompt + answer
             labels[at, len(prompt) - 1 : len(prompt) - 1 + len(answer)] = answer
             kinds[at] = names.index(question.kind)
-    return Asks(np.repeat(np.arange(phase.streams), phase.asks), ids, labels, kinds)
+    return ids, labels, kinds
 
 
 def _drawn(

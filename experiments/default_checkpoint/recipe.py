@@ -6,6 +6,11 @@ from dataclasses import dataclass, field
 
 from infinitevl.synth.world import LONG, READING, SHORT, Setting
 
+# between SHORT and LONG: denser than what is tested, so that a short story holds several things to recall
+MIXED = Setting(
+    sign_frames=(1, 4), sign_gaps=(1, 6), letters=(2, 6), object_gaps=(4, 14), digit_gaps=(2, 10), state_frames=(6, 24)
+)
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -41,14 +46,28 @@ class Recipe:
 
 
 def default() -> Recipe:
-    """The recipe of checkpoints/tiny: about 20 minutes on one H200."""
+    """The recipe of checkpoints/tiny: about 20 minutes on one H200.
+
+    Reading first, one picture at a time; then stories of 34, 68 and 136 frames (2 to 9 windows). 17 frames a segment put
+    the questions at every distance from the last time stamp, and keep the shapes of all stories equal.
+    """
     return Recipe(
         phases=(
-            Phase("read", 3000, 1024, 1, 1, 4, READING, peak=2e-3, now_share=1.0),
-            Phase("short", 2000, 128, 4, 5, 6, SHORT, peak=2e-3, now_share=0.4),
-            Phase("medium", 1500, 64, 4, 17, 10, LONG, peak=1.5e-3),
-            Phase("long", 1200, 32, 4, 33, 16, LONG, peak=1.2e-3, floor=0.02),
-        )
+            Phase("read", 3400, 768, 1, 1, 2, READING, peak=2e-3, now_share=1.0),
+            Phase("story2", 1800, 32, 2, 17, 10, MIXED, peak=2e-3, now_share=0.35),
+            Phase("story4", 1200, 32, 4, 17, 10, LONG, peak=1.8e-3, floor=0.5),
+            Phase("story8", 400, 32, 8, 17, 10, LONG, peak=1e-3, floor=0.05),
+        ),
+        kinds={
+            "sign": 3.0,
+            "emblem_now": 1.5,
+            "door": 0.3,
+            "light": 0.3,
+            "word_by_emblem": 2.0,
+            "emblem_by_word": 1.5,
+            "count_past": 1.5,
+            "first_word": 0.5,
+        },
     )
 
 

@@ -13,11 +13,10 @@ import multiprocessing
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import recipe as recipes
 import torch
 import torch.nn.functional as F
@@ -37,13 +36,13 @@ from infinitevl.synth.compose import Composer
 class Plan(NamedTuple):
     """How the tokens of a segment are ordered: `order` picks from its visual tokens, then its text tokens.
 
-    positions [3, T]; stamps: which of the story's stamps it holds; head: whether it opens with the chat's head.
+    positions [3, T]; stamps: which of the story's stamps it holds; head: ids of the chat's head, in the first segment.
     """
 
     order: Tensor
     positions: Tensor
     stamps: slice
-    head: bool
+    head: Tensor
 
 
 def plan_segments(model: Model, phase: Phase) -> list[Plan]:
@@ -72,8 +71,9 @@ def plan_segments(model: Model, phase: Phase) -> list[Plan]:
             order.append(torch.arange(visual, visual + side**2))
             visual += side**2
         held = slice(-(-first // every), -(-(first + phase.frames) // every))
-        where = torch.cat(positions, 2)[:, 0]
-        plans.append(Plan(torch.cat(order).to(model.device), where.to(model.device), held, segment == 0))
+        head = torch.tensor(processor.chat.head if segment == 0 else (), dtype=torch.int64)
+        where = (torch.cat(order), torch.cat(positions, 2)[:, 0])
+        plans.append(Plan(*(x.to(model.device) for x in where), held, head.to(model.device)))
     return plans
 
 
@@ -83,11 +83,8 @@ def watch(model: Model, memory: Memory, plan: Plan, pixels: Tensor, stamps: Tens
     patches, grid = patchify(pixels.flatten(0, 1), model.processor.config, pair=False)
     visual = model.vision(patches, *grid).unflatten(0, (rows, -1)).flatten(1, 2)
     ids = stamps.flatten(1)
-    if plan.head:
-        head = torch.tensor(model.processor.chat.head, device=ids.device).expand(rows, -1)
-        ids = torch.cat([head, ids], 1)
+    ids = torch.cat([plan.head.expand(rows, -1), ids], 1)
     hidden = torch.cat([visual, model.embed(ids)], 1)[:, plan.order]
-    memory = memory._replace(clock=memory.clock)
     after = model(hidden, plan.positions[:, None].expand(-1, rows, -1), memory)[1]
     assert after is not None
     return after
@@ -141,7 +138,7 @@ class Muon:
 
 
 class Trainer:
-    """bf16 (on CUDA) weights that compute, float32 masters that learn: Muon for matrices of the blocks, AdamW for the rest."""
+    """bf16 (on CUDA) weights compute, float32 masters learn: matrices of the blocks by Muon, the rest by AdamW."""
 
     def __init__(self, model: Model, recipe: Recipe) -> None:
         self.model, self.recipe = model, recipe
@@ -153,20 +150,19 @@ class Trainer:
         rest = [named[n] for n in named if n not in matrices]
         self.adam = torch.optim.AdamW(rest, weight_decay=0.0, betas=(0.9, 0.98), fused=model.device.type == "cuda")
 
-    def step(self, rate: float) -> float:
-        """One update from the live gradients; returns their norm. A gradient that is not finite changes nothing."""
-        norm = torch.nn.utils.clip_grad_norm_(self.live, self.recipe.clip)
-        finite = bool(norm.isfinite())
-        if finite:
-            for master, p in zip(self.masters, self.live, strict=True):
-                master.grad = torch.zeros_like(master) if p.grad is None else p.grad.float()
-            self.muon.step(rate)
-            self.adam.param_groups[0]["lr"] = rate
-            self.adam.step()
-            with torch.no_grad():
-                torch._foreach_copy_(self.live, self.masters)
-        for p in self.live:
-            p.grad = None
+    @torch.no_grad()
+    def step(self, rate: float, gradients: list[Tensor]) -> float:
+        """One update; returns the norm of the gradients. Where that is not finite nothing changes."""
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if not norm.isfinite():
+            return float(norm)
+        scale = (self.recipe.clip / (norm + 1e-6)).clamp(max=1.0)
+        for master, gradient in zip(self.masters, gradients, strict=True):
+            master.grad = gradient.float() * scale
+        self.muon.step(rate)
+        self.adam.param_groups[0]["lr"] = rate
+        self.adam.step()
+        torch._foreach_copy_(self.live, self.masters)
         return float(norm)
 
     def state(self) -> dict[str, object]:
@@ -175,7 +171,9 @@ class Trainer:
         def small(x: Tensor) -> Tensor:
             return x.bfloat16().cpu() if x.dim() else x.cpu()
 
-        adam = {place: {k: small(v) for k, v in kept.items()} for place, kept in self.adam.state_dict()["state"].items()}
+        adam = {
+            place: {k: small(v) for k, v in kept.items()} for place, kept in self.adam.state_dict()["state"].items()
+        }
         return {"masters": list(map(small, self.masters)), "muon": list(map(small, self.muon.momenta)), "adam": adam}
 
     @torch.no_grad()
@@ -204,55 +202,91 @@ def _produce(job: tuple[Phase, int, dict[str, float]]) -> Batch:
     return make(phase, seed, _worker["processor"], mix)
 
 
-def produced(recipe: Recipe, phase: Phase, first: int, overall: int) -> Iterator[Batch]:
-    """The batches of a phase from step `first` on, made ahead by worker processes in order."""
-    jobs = ((phase, recipe.seed * 1_000_003 + overall + s, recipe.kinds) for s in range(first, phase.steps))
+def produced(recipe: Recipe, start: int) -> Iterator[tuple[Phase, int, int, Batch]]:
+    """(phase, step in it, step overall, batch) from step `start` on, made ahead in order by worker processes."""
+    steps = [(phase, step) for phase in recipe.phases for step in range(phase.steps)]
+    todo = [(phase, step, overall) for overall, (phase, step) in enumerate(steps)][start:]
+    jobs = ((phase, recipe.seed * 1_000_003 + overall, recipe.kinds) for phase, _, overall in todo)
     if not recipe.workers:
-        yield from map(_produce, jobs)
+        yield from ((*at, batch) for at, batch in zip(todo, map(_produce, jobs), strict=True))
         return
     with multiprocessing.get_context("spawn").Pool(recipe.workers) as pool:
         ahead: deque = deque()
-        for job in jobs:
-            ahead.append(pool.apply_async(_produce, (job,)))
+        for at, job in zip(todo, jobs, strict=True):
+            ahead.append((*at, pool.apply_async(_produce, (job,))))
             if len(ahead) >= 3 * recipe.workers:
-                yield ahead.popleft().get()
-        while ahead:
-            yield ahead.popleft().get()
+                *now, batch = ahead.popleft()
+                yield (*now, batch.get())
+        for *now, batch in ahead:
+            yield (*now, batch.get())
 
 
-class Losses(NamedTuple):
+class Result(NamedTuple):
+    """Per question: loss, whether all of the answer is right, kind, whether there was one. Gradients of the mean loss."""
+
     loss: Tensor
     right: Tensor
     kinds: Tensor
-    asked: Tensor  # False for a row without a question
+    asked: Tensor
+    gradients: list[Tensor]
 
 
-def train_step(model: Model, composer: Composer, plans: list[Plan], batch: Batch, phase: Phase) -> Losses:
-    """Forward and backward of one batch."""
-    device = model.device
-
-    def put(x: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(x)
-        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
+def train_step(model: Model, composer: Composer, plans: list[Plan], phase: Phase, batch: dict[str, Tensor]) -> Result:
+    """Forward and backward of one batch (the fields of `Batch` as tensors on the model's device)."""
     memory = model.empty_memory(phase.streams)
-    stamps = put(batch.stamps)
-    losses, rights, kinds = [], [], []
-    for segment, (plan, asks) in enumerate(zip(plans, batch.asks, strict=True)):
+    rows = torch.arange(phase.streams, device=model.device).repeat_interleave(phase.asks)
+    losses, rights = [], []
+    for segment, plan in enumerate(plans):
         part = slice(segment * phase.frames, (segment + 1) * phase.frames)
-        params = {
-            name: put(np.ascontiguousarray(getattr(batch, name)[:, part])) for name in ("strips", "scene", "grain")
-        }
-        pixels = composer({name: value.flatten(0, 1) for name, value in params.items()})
-        memory = watch(model, memory, plan, pixels.unflatten(0, (phase.streams, -1)), stamps[:, plan.stamps])
-        loss, right = ask(model, memory, put(asks.rows), put(asks.ids), put(asks.labels))
+        params = {name: batch[name][:, part].flatten(0, 1) for name in ("strips", "scene", "grain")}
+        pixels = composer(params).unflatten(0, (phase.streams, -1))
+        memory = watch(model, memory, plan, pixels, batch["stamps"][:, plan.stamps])
+        loss, right = ask(model, memory, rows, batch["ids"][segment], batch["labels"][segment])
         losses.append(loss)
         rights.append(right)
-        kinds.append(put(asks.kinds))
-    loss = torch.cat(losses)
-    asked = torch.cat([put(asks.labels != IGNORED).any(1) for asks in batch.asks])
-    (loss.sum() / asked.sum()).backward()
-    return Losses(loss.detach(), torch.cat(rights), torch.cat(kinds), asked)
+    loss, asked = torch.cat(losses), (batch["labels"] != IGNORED).any(2).flatten()
+    gradients = torch.autograd.grad(loss.sum() / asked.sum(), list(model.parameters()), materialize_grads=True)
+    return Result(loss.detach(), torch.cat(rights), batch["kinds"].flatten(), asked, list(gradients))
+
+
+class Step:
+    """`train_step` of one phase. On CUDA it is recorded once as a graph and replayed: thousands of small launches cost
+    nothing then, and every buffer has its place."""
+
+    def __init__(self, model: Model, composer: Composer, phase: Phase, record: bool) -> None:
+        self.record = record
+        self.run = partial(train_step, model, composer, plan_segments(model, phase), phase)
+        self.device = model.device
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.inputs: dict[str, Tensor] = {}
+        self.result: Result | None = None
+
+    def __call__(self, batch: Batch) -> Result:
+        tensors = {name: torch.from_numpy(value) for name, value in batch._asdict().items()}
+        if self.device.type != "cuda":
+            return self.run(tensors)
+        tensors = {name: value.pin_memory() for name, value in tensors.items()}
+        if not self.record:
+            return self.run({name: value.to(self.device, non_blocking=True) for name, value in tensors.items()})
+        if self.graph is None:
+            self._record({name: value.to(self.device) for name, value in tensors.items()})
+        for name, value in tensors.items():
+            self.inputs[name].copy_(value, non_blocking=True)
+        assert self.graph is not None and self.result is not None
+        self.graph.replay()
+        return self.result
+
+    def _record(self, inputs: dict[str, Tensor]) -> None:
+        self.inputs, self.graph = inputs, torch.cuda.CUDAGraph()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):  # compiles, and lets libraries allocate
+                self.run(inputs)
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.empty_cache()
+        with torch.cuda.graph(self.graph):
+            self.result = self.run(inputs)
 
 
 class Meter:
@@ -262,9 +296,9 @@ class Meter:
         self.total = torch.zeros(3, len(quiz.KINDS), device=device)
         self.since, self.steps = time.perf_counter(), 0
 
-    def add(self, losses: Losses) -> None:
-        values = torch.stack([torch.ones_like(losses.loss), losses.loss, losses.right.float()]) * losses.asked
-        self.total.index_add_(1, losses.kinds, values)
+    def add(self, result: Result) -> None:
+        values = torch.stack([torch.ones_like(result.loss), result.loss, result.right.float()]) * result.asked
+        self.total.index_add_(1, result.kinds, values)
         self.steps += 1
 
     def line(self) -> dict[str, object]:
@@ -277,9 +311,10 @@ class Meter:
         return out | {"right": kinds}
 
 
-def compiled(model: Model) -> None:
+def compiled(model: Model, composer: Composer) -> None:
     """Compile blocks, not the whole: one compilation serves all blocks of a kind."""
     torch._dynamo.config.cache_size_limit = 64
+    composer._frames = torch.compile(composer._frames, dynamic=False)
     for block in (*model.blocks, *model.vision.blocks):
         block.compile(dynamic=False)
 
@@ -300,41 +335,38 @@ def run(args: argparse.Namespace) -> None:
         saved = torch.load(args.resume, map_location="cpu", weights_only=True)
         start = int(saved.pop("step"))
         trainer.restore(saved)
-    if args.compile:
-        compiled(model)
     composer = Composer(device)
+    if args.compile:
+        compiled(model, composer)
     log = Path(args.out) / "log.jsonl"
     log.parent.mkdir(parents=True, exist_ok=True)
-    overall = 0
-    for phase in recipe.phases:
-        first = max(0, start - overall)
-        if first < phase.steps:
-            plans, meter = plan_segments(model, phase), Meter(device)
-            for step, batch in enumerate(produced(recipe, phase, first, overall), first):
-                rate = rate_at(recipe, phase, step, overall + step)
-                meter.add(train_step(model, composer, plans, batch, phase))
-                norm = trainer.step(rate)
-                if not math.isfinite(norm):
-                    print(f"step {overall + step}: gradient is not finite; skipped", flush=True)
-                if (step + 1) % args.every == 0 or step + 1 == phase.steps:
-                    line = {"phase": phase.name, "step": overall + step + 1, "rate": rate, "norm": round(norm, 2)}
-                    line |= meter.line() | {"seconds": round(time.perf_counter() - began, 1)}
-                    with log.open("a") as file:
-                        file.write(json.dumps(line) + "\n")
-                    print(json.dumps(line), flush=True)
-                if time.perf_counter() - began > args.seconds:
-                    finish(model, trainer, overall + step + 1, args)
-                    return
-        overall += phase.steps
-    finish(model, trainer, overall, args)
+    run_phase, done = None, start
+    for phase, step, overall, batch in produced(recipe, start):
+        if phase is not run_phase:
+            run_phase, step_of, meter = phase, Step(model, composer, phase, args.record), Meter(device)
+        rate = rate_at(recipe, phase, step, overall)
+        result = step_of(batch)
+        meter.add(result)
+        norm = trainer.step(rate, result.gradients)
+        done = overall + 1
+        if not math.isfinite(norm):
+            print(f"step {done}: gradient is not finite; skipped", flush=True)
+        if done % args.every == 0 or step + 1 == phase.steps:
+            line = {"phase": phase.name, "step": done, "rate": round(rate, 6), "norm": round(norm, 2), **meter.line()}
+            line["seconds"] = round(time.perf_counter() - began, 1)
+            with log.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            print(json.dumps(line), flush=True)
+        if time.perf_counter() - began > args.seconds:
+            break
+    finish(model, trainer, done, args)
 
 
 def finish(model: Model, trainer: Trainer, step: int, args: argparse.Namespace) -> None:
     """Write the weights as a checkpoint, and the state for a resumed run."""
     out = Path(args.out)
     torch.save({"step": step, **trainer.state()}, out / "state.pt")
-    model._processor = replace(model.processor)
-    weights.save(model, out / "checkpoint")
+    weights.save(model.bfloat16(), out / "checkpoint")
     print(f"step {step}: written to {out}", flush=True)
 
 
@@ -347,6 +379,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop and save after so many seconds")
     parser.add_argument("--every", type=int, default=50, help="steps between lines of the log")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
+    parser.add_argument("--record", action=argparse.BooleanOptionalAction, default=True, help="as a CUDA graph")
     run(parser.parse_args())
 
 
