@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def pytest_configure() -> None:
-    torch.set_num_threads(2)  # the machine that the suite's time is promised for
+    torch.set_num_threads(1)  # the machine that the suite's time is promised for
 
 
 @pytest.fixture(autouse=True)

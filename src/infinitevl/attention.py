@@ -26,7 +26,7 @@ class Where(NamedTuple):
     """
 
     angles: Angles
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index
     present: Tensor | None = None
     segment: Tensor | None = None
     held: Tensor | None = None

@@ -6,7 +6,6 @@ C channels, K key dim, V value dim, W slots of a window, F frames, P patches of 
 
 from __future__ import annotations
 
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,7 +117,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.vision.out_hidden_size != self.text.hidden_size:
             raise ConfigError(
-                f"vision.out_hidden_size {self.vision.out_hidden_size} must equal text.hidden_size {self.text.hidden_size}"
+                f"vision.out_hidden_size {self.vision.out_hidden_size} must equal text.hidden_size "
+                f"{self.text.hidden_size}"
             )
 
 
@@ -160,7 +160,7 @@ def teacher_3b() -> ModelConfig:
 
 
 def tiny(vocab_size: int = 512) -> ModelConfig:
-    """The default checkpoint's shape: two hybrid blocks, 112x112 frames of 16 tokens, a window of 15 seconds at 1 fps."""
+    """The default checkpoint's shape: two hybrid blocks, frames of 112x112 in 16 tokens, a window of 15 s at 1 fps."""
     return ModelConfig(
         VisionConfig(
             depth=4,
@@ -300,13 +300,14 @@ def config_from_json(content: dict[str, Any]) -> ModelConfig:
     if not isinstance(vision, dict):
         raise ConfigError("vision_config is missing")
     vision_config = _read_vision(vision, text.get("hidden_size"))
-    stops = text.get("eos_token_id")
     tokens = {ours: text[key] for ours, key in _TOKEN_KEYS.items() if key in text}
-    return ModelConfig(vision_config, _read_text(text, kind), **tokens, stop_tokens=ModelConfig.stop_tokens if stops is None else _stops(stops))
+    return ModelConfig(vision_config, _read_text(text, kind), **tokens, stop_tokens=_stops(text.get("eos_token_id")))
 
 
 def _stops(value: Any) -> tuple[int, ...]:
     """The published config names one end token; its chat format also ends at <|endoftext|>, two ids before."""
+    if value is None:
+        return ModelConfig.stop_tokens
     if isinstance(value, int):
         return (value, value - 2)
     return tuple(value)
@@ -355,7 +356,7 @@ def _read_text(content: dict[str, Any], kind: str) -> TextConfig:
     values["tied_head"] = bool(content.get("tie_word_embeddings", kind == "infinite_vl"))
     heads = values.setdefault("delta_heads", TextConfig.delta_heads)
     if content.get("num_linear_key_value_heads", heads) != heads:
-        raise ConfigError("num_linear_key_value_heads must equal num_linear_heads: grouped delta heads are not implemented")
+        raise ConfigError("num_linear_key_value_heads must equal num_linear_heads: delta heads cannot be grouped")
     key_dim = values.setdefault("delta_key_dim", TextConfig.delta_key_dim)
     values["delta_value_dim"] = round(key_dim * content.get("expand_v", 2))
     return TextConfig(**values)

@@ -1,4 +1,4 @@
-"""Follow a frame: its tokens rewrite the delta state and read it -> hidden. The gated delta mixer (paper, section 3.2)."""
+"""Follow a frame: its tokens rewrite the delta state and read it -> hidden. The gated delta mixer (paper, 3.2)."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class DeltaMixer(nn.Module):
         return self.o(out.flatten(2)), None if state is None else Delta(tail, after)
 
     def _gates(self, hidden: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Log decay g and write strength beta, float32 [B, T, H]; a token that is not there decays and writes nothing."""
+        """Log decay g, write strength beta, float32 [B, T, H]; a token that is not there decays and writes nothing."""
         g = -self.A_log.exp() * F.softplus(self.a(hidden).float() + self.dt_bias)
         beta = self.b(hidden).float().sigmoid()
         if present is None:

@@ -1,4 +1,4 @@
-"""Follow a frame: its keys, values and rank-1 updates -> `Memory`, the whole past of a stream in a fixed number of bytes.
+"""Follow a frame: its keys, values and rank-1 updates -> `Memory`, a stream's whole past in a fixed number of bytes.
 
 A memory is a value: a NamedTuple of tensors (a pytree). Steps take one and return one. No leaf is a Python number: what
 changes between steps is a tensor, or a recorded step would replay a lie.
@@ -47,13 +47,14 @@ class Delta(NamedTuple):
 class Memory(NamedTuple):
     """All that a stream's past is. One row per stream.
 
-    index: token index held by each slot of every window, -1 where empty. seen: tokens so far. frames: frames so far. clock: greatest mRoPE
-    position so far plus one. origin, start, last: of the run of frames being fed, the position at which it began, the
-    time of its first frame and of its latest one, in seconds; start is NaN between runs, last before any frame.
+    index: token index held by each slot of every window, -1 where empty. seen: tokens so far. frames: frames so far.
+    clock: greatest mRoPE position so far plus one. origin, start, last: of the run of frames being fed, the position
+    at which it began, the time of its first frame and of its latest one, in seconds; start is NaN between runs, last
+    before any frame.
     """
 
     blocks: tuple[Window | Delta, ...]
-    index: Tensor  # [B, W] int64
+    index: Tensor  # type: ignore[assignment]  # [B, W] int64; hides tuple.index
     seen: Tensor  # [B] int64
     frames: Tensor  # [B] int64
     clock: Tensor  # [B] int64
@@ -219,7 +220,7 @@ def _checksum(leaves: dict[str, Tensor]) -> str:
     """SHA-256 of the leaves' bytes, in the order of their names."""
     digest = hashlib.sha256()
     for _, leaf in sorted(leaves.items()):
-        digest.update(leaf.view(torch.uint8).numpy())
+        digest.update(leaf.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

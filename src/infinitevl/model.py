@@ -62,7 +62,7 @@ class Model(nn.Module):
     def processor(self) -> Processor:
         """The checkpoint's processor. Raises ValueError for a model made from a bare config."""
         if self._processor is None:
-            raise ValueError("this model has no processor: load it from a checkpoint, or give Model(config, processor) one")
+            raise ValueError("this model has no processor: load it from a checkpoint, or make Model(config, processor)")
         return self._processor
 
     @property
@@ -154,7 +154,7 @@ class Model(nn.Module):
             most = int((memory.seen + count).max())
             if most > memory.index.shape[1]:
                 room = memory.index.shape[1]
-                raise CapacityError(f"{most} tokens do not fit a memory made for {room}: make it with a larger capacity")
+                raise CapacityError(f"{most} tokens do not fit a memory made for {room}: make a larger one (capacity=)")
 
 
 def _filled(segment: Tensor, present: Tensor | None) -> Tensor:

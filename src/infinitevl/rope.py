@@ -1,7 +1,7 @@
 """Follow a frame: its place in time, rows and columns -> positions [3, B, T], integers, as multimodal RoPE wants them.
 
-The rule is that of the published checkpoints (transformers 4.57): a picture's tokens share a temporal position, and text
-continues at the greatest position so far plus one.
+The rule is that of the published checkpoints (transformers 4.57): a picture's tokens share a temporal position, and
+text continues at the greatest position so far plus one.
 """
 
 from __future__ import annotations
@@ -38,9 +38,7 @@ def angles(positions: Tensor, config: TextConfig) -> Angles:
     The phase is taken in float64: float32 is off by 0.02 rad at position 1e6.
     """
     half = config.head_dim // 2
-    frequency = config.rope_theta ** (
-        -torch.arange(half, dtype=torch.float64, device=positions.device) / half
-    )
+    frequency = config.rope_theta ** (-torch.arange(half, dtype=torch.float64, device=positions.device) / half)
     parts = [
         positions[axis].double()[..., None] * part
         for axis, part in enumerate(frequency.split(list(config.mrope_sections)))
@@ -64,7 +62,7 @@ def next_text(memory: Memory, length: int) -> tuple[Tensor, Memory]:
 
 
 def next_frame(memory: Memory, time: Tensor, rows: int, columns: int, config: ModelConfig) -> tuple[Tensor, Memory]:
-    """Positions [3, B, rows * columns] of a frame at `time` (seconds, float64 [B]) and the memory with its run extended.
+    """Positions [3, B, rows * columns] of a frame at `time` (seconds, float64 [B]) and the memory, its run extended.
 
     rows, columns count tokens. t = origin + floor(tokens_per_second * (time - start)), h = origin + row,
     w = origin + column, where origin is the position at which this run of frames began and start its first time.
@@ -76,9 +74,7 @@ def next_frame(memory: Memory, time: Tensor, rows: int, columns: int, config: Mo
     device = time.device
     row = torch.arange(rows, device=device).repeat_interleave(columns)
     column = torch.arange(columns, device=device).repeat(rows)
-    positions = torch.stack(
-        [t[:, None].expand(-1, rows * columns), origin[:, None] + row, origin[:, None] + column]
-    )
+    positions = torch.stack([t[:, None].expand(-1, rows * columns), origin[:, None] + row, origin[:, None] + column])
     return positions, memory._replace(frames=memory.frames + 1, origin=origin, start=start, last=time)
 
 

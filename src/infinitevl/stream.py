@@ -5,6 +5,7 @@ Streaming is not a mode: these are plain functions over a model and a memory, an
 
 from __future__ import annotations
 
+import math
 import threading
 import time as clock
 from collections.abc import Generator, Iterator
@@ -24,7 +25,7 @@ from infinitevl.video import Frame
 
 
 class TimeError(ValueError):
-    """A frame from before the one seen last; the message names both times."""
+    """A frame from before the one seen last (the message names both times), or of no time at all."""
 
 
 class Answer(NamedTuple):
@@ -66,9 +67,11 @@ def observe(model: Model, memory: Memory, frame: Frame, size: tuple[int, int] | 
     """One frame into a memory of one row, with the time stamp the checkpoint wants before it.
 
     size: (height, width) at which the model sees it; None: what the checkpoint's frame size makes of its shape.
-    Raises TimeError where frame.time is before the last one.
+    Raises TimeError where frame.time is before the last one or not finite.
     """
     last = last_time(memory)
+    if not math.isfinite(frame.time):
+        raise TimeError(f"a frame's time is a number of seconds, got {frame.time}")
     if last is not None and frame.time < last:
         raise TimeError(f"a frame at {frame.time:.3f} s comes after one at {last:.3f} s: times never decrease")
     processor = model.processor
@@ -84,14 +87,12 @@ def observe(model: Model, memory: Memory, frame: Frame, size: tuple[int, int] | 
 def reply(
     model: Model, memory: Memory, question: str, at_most: int, sampling: Sampling
 ) -> Generator[int, None, Memory]:
-    """Feeds a question, yields the ids of its answer, returns the memory with both in it; the memory given is consumed."""
+    """Feeds a question, yields its answer's ids, returns the memory with both in it; the memory given is consumed."""
     hidden, memory = feed(model, memory, model.processor.chat.tail(question))
     return (yield from decode(model, memory, hidden, at_most, sampling))
 
 
-def answer(
-    model: Model, memory: Memory, question: str, at_most: int = 64, sampling: Sampling = GREEDY
-) -> str:
+def answer(model: Model, memory: Memory, question: str, at_most: int = 64, sampling: Sampling = GREEDY) -> str:
     """The answer to a question about what a memory has seen. It is asked on a clone: the memory stays as it is."""
     return model.processor.text(reply(model, memory.clone(), question, at_most, sampling)).strip()
 
@@ -104,6 +105,8 @@ class Stream:
     """
 
     def __init__(self, model: Model, memory: Memory | None = None) -> None:
+        if memory is not None and len(memory.seen) != 1:
+            raise ValueError(f"a stream's memory has one row, this one {len(memory.seen)}: take one with memory.rows()")
         self.model = model
         self._memory = begin(model) if memory is None else memory
         self._size: tuple[int, int] | None = None
@@ -147,18 +150,16 @@ class Stream:
         with self._lock:
             if time is None:
                 time = frame.time if isinstance(frame, Frame) else self._next_time()
-            if self._size is None:
-                self._size = pictures.fit_frame(*pixels.shape[:2], self.model.processor.config)
-            self._memory = observe(self.model, self._memory, Frame(time, pixels), self._size)
+            size = self._size or pictures.fit_frame(pixels.shape[0], pixels.shape[1], self.model.processor.config)
+            self._memory = observe(self.model, self._memory, Frame(time, pixels), size)
+            self._size = size
 
     def _next_time(self) -> float:
         last = self.time
         return 0.0 if last is None else last + 1 / self.model.processor.config.frames_per_second
 
-    def ask(
-        self, question: str, at_most: int = 64, keep: bool = False, sampling: Sampling = GREEDY
-    ) -> Answer:
-        """An answer about everything seen so far. keep=True leaves question and answer in the memory, for follow-ups."""
+    def ask(self, question: str, at_most: int = 64, keep: bool = False, sampling: Sampling = GREEDY) -> Answer:
+        """An answer about all that was seen so far. keep=True leaves both in the memory, for follow-ups."""
         began = clock.perf_counter()
         with self._lock:
             time, memory = self.time, self._memory.clone()
@@ -181,7 +182,7 @@ class Stream:
         for token in reply(self.model, memory, question, at_most, sampling):
             ids.append(token)
             text = self.model.processor.text(ids)
-            if not text.endswith("\ufffd"):  # half a character
+            if text != said and not text.endswith("\ufffd"):  # half a character
                 yield text[len(said) :]
                 said = text
         rest = self.model.processor.text(ids)[len(said) :]

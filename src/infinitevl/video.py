@@ -240,12 +240,14 @@ def _open(place: _Place, silence: float) -> _Video:
     if place.kind == "path":
         _refuse_missing(place.address)
     pipe = _Pipe() if place.kind == "pipe" else None
-    patience = None if place.kind == "path" else silence
+    patience = None if place.kind in ("path", "pipe") else silence
     file = pipe or place.address
     try:
         container = av.open(file, "r", format=place.format, options=place.options, timeout=patience)
     except FFmpegError as error:
-        raise VideoError(f"{place.name}: {_explain(error, silence)}") from error
+        if pipe and pipe.interrupt:
+            raise pipe.interrupt from None
+        raise VideoError(f"{place.name}: {_explain(error)}") from error
     return _Video(container, place, pipe)
 
 
@@ -257,20 +259,18 @@ def _refuse_missing(path: str) -> None:
 
 
 def _words(error: OSError | FFmpegError) -> str:
-    return (error.strerror or str(error)).lower()
+    return "nothing arrived in time" if isinstance(error, ExitError) else (error.strerror or str(error)).lower()
 
 
-def _explain(error: FFmpegError, silence: float) -> str:
+def _explain(error: FFmpegError) -> str:
     """What FFmpeg's error means and what to do about it."""
     if isinstance(error, InvalidDataError):
         return "not a video that can be read, or one that was never finished; check it with a player or record it again"
-    if isinstance(error, ExitError):
-        return f"nothing arrived for {silence:g} s; check that it is sending"
     if isinstance(error, HTTPError):
         return f"{_words(error)}; check the address"
     if isinstance(error, (PermissionError, FileNotFoundError)):
         return f"{_words(error)}; check the path and its permissions"
-    return f"{_words(error)}; check that it exists, is running and can be reached from here"
+    return f"{_words(error)}; check that it is there, sends and can be reached from here"
 
 
 class _Pipe:
@@ -386,6 +386,9 @@ def _choose(container: InputContainer, name: str) -> VideoStream:
         raise VideoError(
             f"{name}: no video in it, only {' and '.join(kinds) or 'nothing'}; give a source with pictures"
         )
+    if chosen.codec_context is None:
+        container.close()
+        raise VideoError(f"{name}: its kind of video has no decoder here; convert it to H.264")
     for stream in container.streams:
         if stream is not chosen:
             stream.discard = Discard.all
@@ -526,8 +529,8 @@ def _natural(path: Path) -> list[tuple[bool, int, str]]:
 
 
 def _album(name: str, files: list[Path], rate: Fraction, fit: _Fit) -> Source:
-    for path in files:
-        _refuse_missing(str(path))
+    if len(files) == 1:
+        _refuse_missing(str(files[0]))
     return Source(name, float(len(files) / rate), _shown(files, rate, fit), None)
 
 
@@ -561,9 +564,11 @@ class _Fit:
     def __init__(self, box: Box | None) -> None:
         self._box = box
         self._scaler = VideoReformatter()
+        self._angle: int | None = None
+        self._turn = (False, False, False)
 
     def __call__(self, picture: av.VideoFrame, aspect: Fraction = Fraction(1)) -> np.ndarray:
-        swap, up, left = _turn(picture)
+        swap, up, left = self._turned(picture)
         box = self._box[::-1] if self._box and swap else self._box
         height, width = _inside(picture.height, picture.width, aspect, box)
         scaled = self._scaler.reformat(picture, width, height, "rgb24", interpolation="BICUBIC")
@@ -572,6 +577,12 @@ class _Fit:
             pixels = pixels.transpose(1, 0, 2)
         pixels = pixels[:: -1 if up else 1, :: -1 if left else 1]
         return np.array(pixels, order="C")  # a copy: PyAV's array shares memory with the decoder's picture
+
+    def _turned(self, picture: av.VideoFrame) -> tuple[bool, bool, bool]:
+        """Reads the matrix anew only when its angle changes: PyAV's side data keep their picture alive in a cycle."""
+        if picture.rotation != self._angle:
+            self._angle, self._turn = picture.rotation, _turn(picture)
+        return self._turn
 
     def array(self, pixels: np.ndarray) -> np.ndarray:
         """The same for uint8 [H, W, 3] that is upright already."""
@@ -642,8 +653,6 @@ class _Live:
     def close(self) -> None:
         self.stop.set()
         self._thread.join()
-        self._queue.clear()
-        self._error = None
 
     def _run(self, first: _Video) -> None:
         try:
@@ -669,7 +678,7 @@ class _Live:
             now = time.monotonic() - self._began
             if self._thin(now):
                 self._put(Frame(now, self._fit(picture, video.aspect)))
-        self._reason = _explain(video.failure, self._reconnect.silence) if video.failure else "the connection ended"
+        self._reason = _explain(video.failure) if video.failure else "the connection ended"
 
     def _put(self, frame: Frame) -> None:
         with self._changed:

@@ -50,7 +50,8 @@ def layout(rows: int, columns: int, merge: int, window: int, device: torch.devic
     grid = torch.arange(rows * columns).view(rows // merge, merge, columns // merge, merge)
     raster = grid.permute(0, 2, 1, 3).flatten()[order]
     tensors = (order, unit_order.argsort(), raster // columns, raster % columns, place)
-    return Layout(*(x.to(device) for x in tensors), None if len(set(sizes)) == 1 else there.to(device))
+    order, back, row, column, place = (x.to(device) for x in tensors)
+    return Layout(order, back, row, column, place, None if len(set(sizes)) == 1 else there.to(device))
 
 
 class RMSNorm(nn.Module):
@@ -99,11 +100,11 @@ class VisionAttention(nn.Module):
     def _in_windows(self, q: Tensor, k: Tensor, v: Tensor, where: Layout) -> Tensor:
         frames, windows = q.shape[0], where.place.shape[0]
         if where.there is None:
-            cut = [x.unflatten(1, (windows, -1)).flatten(0, 1) for x in (q, k, v)]
-            return _softmax(*cut, None).unflatten(0, (frames, windows)).flatten(1, 2)
-        cut = [x[:, where.place].flatten(0, 1) for x in (q, k, v)]
+            q, k, v = (x.unflatten(1, (windows, -1)).flatten(0, 1) for x in (q, k, v))
+            return _softmax(q, k, v, None).unflatten(0, (frames, windows)).flatten(1, 2)
+        q, k, v = (x[:, where.place].flatten(0, 1) for x in (q, k, v))
         mask = where.there[:, None, None, :].repeat(frames, 1, 1, 1)
-        out = _softmax(*cut, mask).unflatten(0, (frames, windows))
+        out = _softmax(q, k, v, mask).unflatten(0, (frames, windows))
         return out.flatten(1, 2)[:, where.there.flatten()]
 
 
@@ -129,7 +130,7 @@ class VisionBlock(nn.Module):
 
 
 class Merger(nn.Module):
-    """Four neighbouring patches -> one token of the language model; the norm comes before the grouping, GELU is exact."""
+    """Four neighbouring patches -> one token of the language model; the norm comes first, GELU is exact."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()

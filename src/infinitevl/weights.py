@@ -1,7 +1,7 @@
 """Checkpoints on disk: one table of names between ours and the published ones, strict in both directions.
 
-On disk a checkpoint has the layout of Qwen2.5-VL (`visual.*`, `model.layers.N.*`); in the memory of other software it is
-`model.visual.*`, `model.language_model.*`. Both are read; the first is written.
+On disk a checkpoint has the layout of Qwen2.5-VL (`visual.*`, `model.layers.N.*`); in the memory of other software it
+is `model.visual.*`, `model.language_model.*`. Both are read; the first is written.
 """
 
 from __future__ import annotations
@@ -82,7 +82,10 @@ def to_disk(model: Model) -> dict[str, Tensor]:
 
 
 def assign(model: Model, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Put tensors in either published layout into the model, as they are. Raises CheckpointError listing all that differ."""
+    """Make tensors in either published layout the model's parameters, as they are: nothing is copied.
+
+    Raises CheckpointError listing all that differ; then the model is as it was.
+    """
     found = {canonical(name): name for name in tensors}
     tied = model.head is None
     expected = {disk_name(name): name for name, _ in model.named_parameters()}
@@ -110,9 +113,7 @@ def canonical(name: str) -> str:
     return name
 
 
-def load(
-    where: str | Path = DEFAULT, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
-) -> Model:
+def load(where: str | Path = DEFAULT, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Model:
     """A model from a local folder, a hub id such as "hustvl/InfiniteVL", or "tiny", the checkpoint that comes along.
 
     dtype None: float32 on CPU, bfloat16 elsewhere. Raises CheckpointError or ConfigError in one line.
@@ -159,10 +160,10 @@ def _download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "LICENSE*"]))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0][:200]
         raise CheckpointError(
-            f"{name}: the hub could not be reached and nothing is in its cache ({reason}); download the files elsewhere "
-            f"and give their folder instead"
+            f"{name}: the hub could not be reached and nothing is in its cache ({reason}); download the files "
+            f"elsewhere and give their folder instead"
         ) from None
 
 
@@ -210,7 +211,7 @@ def save(model: Model, folder: str | Path, shard_bytes: int = 4 << 30) -> None:
 
 
 def _remove_stale(folder: Path, names: set[str]) -> None:
-    """Weights of an earlier save in other shards go: a reader would find the old index, or the old single file, first."""
+    """Weights of an earlier save in other shards go: a reader would find the old index or single file first."""
     for path in (folder / INDEX, *folder.glob("model*.safetensors")):
         if path.name not in names and re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", path.name):
             path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The published architecture's own numbers: logits within 5e-4 in float32, positions equal, in one pass and in chunks."""
+"""The published architecture's own numbers: logits within 5e-4 in float32, positions equal, in one pass and chunks."""
 
 import json
 import os

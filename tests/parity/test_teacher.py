@@ -1,7 +1,7 @@
 """The teacher preset at small size is transformers' own Qwen2.5-VL: same weights, logits within 5e-4 in float32.
 
 One test of our `Model` against another's code covers vision tower, merger, embedding, mRoPE, MLP, norms, head and the
-softmax mixer. Positions are ours (`position_ids`), since transformers changed its rule after the checkpoints were trained.
+softmax mixer. Positions are ours (`position_ids`): transformers changed its rule after the checkpoints were trained.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def test_a_training_segment_leaves_the_memory_of_a_stream(model):
 
 def test_a_question_is_learned_as_it_will_be_asked(model):
     batch = make(recipes.Phase("check", 1, 1, 1, 5, 4, SHORT, peak=1e-3), 4, model.processor, {})
-    ids, labels = batch.asks[0].ids[0], batch.asks[0].labels[0]
+    ids, labels = batch.ids[0, 0], batch.labels[0, 0]
     learned = (labels != IGNORED).nonzero()[0]
     prompt, answer = ids[: learned[0] + 1].tolist(), labels[learned].tolist()
     question = model.processor.text(prompt).split("user")[-1].split("assistant")[0].strip()

@@ -38,7 +38,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "eval": TASKS | {"synth"},
     "hf": STREAM,
     "serve": TASKS,
-    "cli": TASKS | {"__init__", "synth", "serve"},
+    "report": BASE,
+    "watch": STREAM | {"report"},
+    "display": {"report", "watch"},
+    "oneshot": STREAM,
+    "doctor": STREAM | {"__init__"},
+    "cli": TASKS | {"__init__", "synth", "serve", "report", "watch", "display", "oneshot", "doctor"},
     "__init__": STREAM,
     "__main__": {"cli"},
 }

@@ -8,7 +8,7 @@ from torch import Tensor
 def delta_rule(
     *, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, segment: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The contract of `reference.delta_rule`, forward only; one token takes FLA's recurrent kernel, more its chunked one.
+    """The contract of `reference.delta_rule`, forward only: FLA's recurrent kernel for one token, its chunked for more.
 
     Raises ValueError for packed segments: FLA wants them as host-side tables.
     """

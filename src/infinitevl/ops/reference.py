@@ -86,8 +86,9 @@ def _chunks(x: Tensor, size: int) -> Tensor:
 
 
 def _reach(segment: Tensor | None, shape: tuple[int, int], size: int, device: torch.device) -> tuple[Tensor, ...]:
-    """Who reaches whom across a change of segment, per chunk: within [B, 1, N, C, C], in and out [B, 1, N, C], through [B, 1, N].
+    """Who reaches whom across a change of segment, per chunk.
 
+    -> within [B, 1, N, C, C], inward and outward [B, 1, N, C], through [B, 1, N].
     `within`: j <= i of one segment; `inward`: the state at the chunk's start still belongs to token i's segment;
     `outward`: token j's segment is the one that leaves the chunk; `through`: the state passes the whole chunk.
     """
@@ -151,12 +152,11 @@ def causal_conv(
     """
     taps = weight.shape[1]
     if present is None:
-        line, end = torch.cat([tail, x], dim=1), None
+        line = torch.cat([tail, x], dim=1)
     else:
         first = torch.argsort((~present).to(torch.int8), dim=1, stable=True)
         line = torch.cat([tail, x.gather(1, first[..., None].expand_as(x))], dim=1)
         segment = None if segment is None else segment.gather(1, first)
-        end = present.sum(1)
     y = torch.zeros_like(x, dtype=torch.float32)
     for tap in range(taps):
         term = line[:, tap : tap + x.shape[1]].float() * weight[:, tap].float()
@@ -165,12 +165,12 @@ def causal_conv(
             same = F.pad(segment[:, back:] == segment[:, :-back], (min(back, x.shape[1]), 0))[:, : x.shape[1]]
             term = term * same[..., None]
         y = y + term
-    if end is None:
+    if present is None:
         tail = line[:, x.shape[1] :].clone()  # a view would keep the whole chunk alive
     else:
         rank = (present.cumsum(1) - 1).clamp(min=0)
         y = y.gather(1, rank[..., None].expand_as(y))
-        at = end[:, None] + torch.arange(taps - 1, device=x.device)
+        at = present.sum(1, keepdim=True) + torch.arange(taps - 1, device=x.device)
         tail = line.gather(1, at[..., None].expand(-1, -1, x.shape[2]))
     return F.silu(y).to(x.dtype), tail
 

@@ -42,6 +42,8 @@ class Composer:
         self.slice_frames = slice_frames or (8 if self.device.type == "cpu" else 1024)
         self.atlas = torch.from_numpy(atlas.atlas().reshape(-1)).to(self.device)
         self.middle = torch.arange(SIZE, device=self.device, dtype=torch.int32) * 16 + 8  # pixel centres, 1/16 pixel
+        number = torch.arange(SIZE * SIZE, device=self.device, dtype=torch.int32).view(SIZE, SIZE)
+        self.salt = number * 747796405  # int32 wraps, here and in `_noise`; made once: a compiler would fold it too wide
 
     @torch.no_grad()
     def __call__(self, params: dict[str, Tensor]) -> Tensor:
@@ -92,8 +94,7 @@ class Composer:
 
     def _noise(self, grain: Tensor) -> Tensor:
         """Hashed noise from -127.5 to 127.5, [n, 3, 112, 112]: a byte of the same integer for each channel."""
-        number = torch.arange(SIZE * SIZE, device=self.device, dtype=torch.int32).view(SIZE, SIZE)
-        mixed = (number * 747796405) ^ grain[:, None, None]  # int32 wraps, as everywhere below
+        mixed = self.salt ^ grain[:, None, None]
         mixed = (mixed ^ ((mixed >> 15) & 0x1FFFF)) * 739982445
         mixed = (mixed ^ ((mixed >> 12) & 0xFFFFF)) * 695872825
         mixed ^= (mixed >> 15) & 0x1FFFF

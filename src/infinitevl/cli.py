@@ -1,0 +1,285 @@
+"""Follow a frame: it begins here: `infinitevl watch` and the other verbs. Each parses and calls one function.
+
+Torch and all that needs it is imported inside a verb, so that `infinitevl --help` does not wait for it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+
+    from infinitevl.model import Model
+
+EXITS = (
+    "Exit codes: 0 all went well; 1 an unexpected error (--debug shows where); 2 a command or source that cannot be "
+    "used (no picture in it could be decoded); 3 a checkpoint that cannot be loaded; 4 a memory file that cannot be "
+    "used; 5 a source that broke off (what came before was watched); 130 ended by Ctrl-C or SIGTERM."
+)
+UNEXPECTED, BAD_INPUT, BAD_CHECKPOINT, BAD_MEMORY, BROKEN_OFF, INTERRUPTED = 1, 2, 3, 4, 5, 130
+REASONS = {"end": 0, "broken": BROKEN_OFF, "interrupted": INTERRUPTED}
+
+app = typer.Typer(
+    help="Watch a video of any length with a memory of fixed size, and ask about it at any moment.",
+    epilog=EXITS,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+evaluations = typer.Typer(help="Measure a checkpoint.")
+app.add_typer(evaluations, name="eval")
+
+
+class Precision(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+ModelName = Annotated[str, typer.Option("--model", help="A checkpoint: tiny (comes along), a folder or a hub id.")]
+Rate = Annotated[float | None, typer.Option("--fps", help="Frames a second to look at (default: the checkpoint's).")]
+AtMost = Annotated[int, typer.Option("--at-most", min=1, help="Tokens of an answer, at most.")]
+Device = Annotated[str | None, typer.Option(help="Where to run (default: cuda where there is one, else cpu).")]
+Dtype = Annotated[
+    Precision | None, typer.Option(help="Of the weights (default: float32 on a CPU, bfloat16 elsewhere).")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The `infinitevl` command; ends the process with one of the documented exit codes."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    usage: Any = typer.BadParameter.__mro__[1]  # what every mistake in a command line is
+    try:
+        code = app(arguments, prog_name="infinitevl", standalone_mode=False)
+    except usage as error:
+        of = error.ctx.command_path if getattr(error, "ctx", None) else "infinitevl"
+        code = _refuse(f"{error.format_message()} (see {of} --help)", BAD_INPUT)
+    sys.exit(code or 0)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from infinitevl import __version__
+
+        print(__version__)
+        raise typer.Exit()
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it and exit.")
+    ] = False,
+) -> None:
+    """What all verbs have in common."""
+
+
+@app.command(epilog=EXITS)
+def watch(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="A video file; a picture, folder or glob; '-' for a pipe; a camera's number; an address.",
+        ),
+    ],
+    model: ModelName = "tiny",
+    ask: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="'12s: what is it?' or '0:12: ...' asks right after that second; else at the end. Repeat it."
+        ),
+    ] = None,
+    interactive: Annotated[
+        bool, typer.Option("--interactive", help="Also read questions from standard input while the stream goes on.")
+    ] = False,
+    fps: Rate = None,
+    save: Annotated[Path | None, typer.Option(help="Write the memory to this file at the end.")] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on from a memory file: the source follows what it saw.")
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Draw frames, answers, memory and latency: .png, .pdf, .svg.")
+    ] = None,
+    at_most: AtMost = 64,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Watch a source to its end and answer questions on the way; Ctrl-C ends it cleanly and still writes files.
+
+    With --json the events are start, frame (every 5 seconds), answer, warning and end.
+    """
+    with _one_line(debug):
+        from infinitevl.display import display
+        from infinitevl.watch import Question, Settings
+        from infinitevl.watch import watch as run
+
+        asked = tuple(Question.parse(words) for words in ask or ())
+        settings = Settings(source, asked, interactive, fps, save, resume, report, at_most)
+        with display(as_json, interactive) as tell:
+            raise typer.Exit(REASONS[run(_load(model, device, dtype), settings, tell).reason])
+
+
+@app.command(epilog=EXITS)
+def ask(
+    words: Annotated[list[str], typer.Argument(metavar="IMAGE_OR_VIDEO... QUESTION", help="Files, then the question.")],
+    model: ModelName = "tiny",
+    fps: Rate = None,
+    at_most: AtMost = 64,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Answer one question about images and recordings, all of them in one prompt."""
+    with _one_line(debug):
+        from infinitevl import oneshot
+        from infinitevl.report import printable
+        from infinitevl.watch import InputError
+
+        *sources, question = words
+        if not sources or not question.strip():
+            raise InputError("give at least one image or video, and then a question")
+        answer, problems = oneshot.ask(_load(model, device, dtype), sources, question, fps, at_most)
+        facts = {"question": question, "answer": answer.text, "tokens": answer.tokens, "seconds": answer.seconds}
+        print(json.dumps({**facts, "problems": problems}) if as_json else printable(answer.text))
+        if problems:
+            raise typer.Exit(_refuse("; ".join(problems), BROKEN_OFF))
+
+
+@app.command(epilog=EXITS)
+def doctor(model: ModelName = "tiny", as_json: Json = False, debug: Debug = False) -> None:
+    """Show versions, devices, which implementation each op chooses and why, and a checkpoint's size and checksums."""
+    with _one_line(debug):
+        from infinitevl import doctor as doctors
+
+        found = doctors.examine(model)
+        print(json.dumps(found) if as_json else "\n".join(doctors.lines(found)))
+        raise typer.Exit(BAD_CHECKPOINT if found["checkpoint"]["problem"] else 0)
+
+
+@app.command(epilog=EXITS)
+def synth(
+    out: Annotated[Path, typer.Argument(metavar="OUT.mp4", help="The video; its questions go to OUT.json.")],
+    seed: Annotated[int, typer.Option(min=0, help="Another seed, another story.")] = 0,
+    frames: Annotated[int, typer.Option(min=32, help="Seconds of the world.")] = 96,
+    fps: Annotated[int, typer.Option(min=1, help="Frames a second in the file; the world changes every second.")] = 8,
+    debug: Debug = False,
+) -> None:
+    """Write a video of the synthetic world (H.264), and beside it questions with their true answers as JSON."""
+    with _one_line(debug):
+        from infinitevl.synth import film
+        from infinitevl.watch import check_place
+
+        check_place(out)
+        record = film.write(out, seed, frames, fps=fps)
+        asked = f"{len(record['questions'])} questions in {out.with_suffix('.json')}"
+        print(f"{out}: {frames} s at {fps} frames a second; {asked}")
+
+
+@evaluations.command(epilog=EXITS)
+def heldout(
+    model: ModelName = "tiny",
+    controls: Annotated[str | None, typer.Option(help="Columns, with commas between (default: all).")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many streams of each world: a quick look.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the results to this file as JSON.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    debug: Debug = False,
+) -> None:
+    """The held-out test of the synthetic world: the table of what a checkpoint gets right, controls beside it."""
+    with _one_line(debug):
+        from infinitevl.eval import heldout as test
+        from infinitevl.eval import record
+        from infinitevl.watch import check_place
+
+        if out is not None:
+            check_place(out)
+        wanted = test.CONTROLS if controls is None else controls.split(",")
+        result = test.run(model, *_place(device, dtype), wanted, limit)
+        if out is not None:
+            record.write(out, result.as_json())
+        print(result.markdown(), end="")
+
+
+def _load(where: str, device: str | None, dtype: Precision | None) -> Model:
+    from infinitevl.weights import load
+
+    return load(where, *_place(device, dtype))
+
+
+def _place(device: str | None, dtype: Precision | None) -> tuple[str, torch.dtype | None]:
+    """Where to run, and in which dtype (None: the usual one there). InputError for a device that is not there."""
+    import torch
+
+    from infinitevl.watch import InputError
+
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # torch's words for a device that it does not know or have
+        raise InputError(f"--device {name}: {_line(error)}") from error
+    return name, None if dtype is None else getattr(torch, dtype)
+
+
+# Errors
+
+
+@contextmanager
+def _one_line(debug: bool) -> Iterator[None]:
+    """Within it, an error ends the command with one line on standard error (the traceback too, for --debug)."""
+    try:
+        yield
+    except typer.Exit:
+        raise
+    except KeyboardInterrupt:
+        raise typer.Exit(_refuse("interrupted", INTERRUPTED)) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads: what is left must not fail again
+        raise typer.Exit(UNEXPECTED) from None
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        code = _code(error)
+        hint = f"unexpected {type(error).__name__}, --debug shows where: " if code == UNEXPECTED else ""
+        raise typer.Exit(_refuse(hint + _line(error), code)) from None
+
+
+def _code(error: Exception) -> int:
+    """The exit code of an error."""
+    from infinitevl.config import ConfigError
+    from infinitevl.memory import MemoryFileError
+    from infinitevl.report import ReportError
+    from infinitevl.video import VideoError
+    from infinitevl.watch import InputError
+    from infinitevl.weights import CheckpointError
+
+    kinds: dict[Any, int] = {
+        (VideoError, InputError, ReportError, OSError, ImportError): BAD_INPUT,
+        (CheckpointError, ConfigError): BAD_CHECKPOINT,
+        (MemoryFileError,): BAD_MEMORY,
+    }
+    return next((code for kind, code in kinds.items() if isinstance(error, kind)), UNEXPECTED)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _refuse(message: str, code: int) -> int:
+    print(f"infinitevl: {message}", file=sys.stderr)
+    return code
