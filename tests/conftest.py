@@ -1,4 +1,4 @@
-"""What every test starts from: the same seeds, two threads, and the folder of reference data where there is one."""
+"""What every test starts from: the same seeds, one thread, and the folder of reference data where there is one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def pytest_configure() -> None:
-    torch.set_num_threads(1)  # the machine that the suite's time is promised for
+    torch.set_num_threads(1)  # small models wait longer for a second thread than it saves, most of all on a busy machine
 
 
 @pytest.fixture(autouse=True)
