@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 EXITS = (
     "Exit codes: 0 all went well; 1 an unexpected error (--debug shows where); 2 a command or source that cannot be "
     "used (no picture in it could be decoded); 3 a checkpoint that cannot be loaded; 4 a memory file that cannot be "
-    "used; 5 a source that broke off (what came before was watched); 130 ended by Ctrl-C or SIGTERM."
+    "used; 5 a source that broke off or is damaged (what could be decoded was watched); 130 ended by Ctrl-C or SIGTERM."
 )
 UNEXPECTED, BAD_INPUT, BAD_CHECKPOINT, BAD_MEMORY, BROKEN_OFF, INTERRUPTED = 1, 2, 3, 4, 5, 130
 REASONS = {"end": 0, "broken": BROKEN_OFF, "interrupted": INTERRUPTED}
@@ -183,10 +183,13 @@ def synth(
     """Write a video of the synthetic world (H.264), and beside it questions with their true answers as JSON."""
     with _one_line(debug):
         from infinitevl.synth import film
-        from infinitevl.watch import check_place
+        from infinitevl.watch import InputError, check_place
 
         check_place(out)
-        record = film.write(out, seed, frames, fps=fps)
+        try:
+            record = film.write(out, seed, frames, fps=fps)
+        except ValueError as error:
+            raise InputError(str(error)) from error
         asked = f"{len(record['questions'])} questions in {out.with_suffix('.json')}"
         print(f"{out}: {frames} s at {fps} frames a second; {asked}")
 
@@ -205,11 +208,13 @@ def heldout(
     with _one_line(debug):
         from infinitevl.eval import heldout as test
         from infinitevl.eval import record
-        from infinitevl.watch import check_place
+        from infinitevl.watch import InputError, check_place
 
         if out is not None:
             check_place(out)
-        wanted = test.CONTROLS if controls is None else controls.split(",")
+        wanted = list(test.CONTROLS) if controls is None else controls.split(",")
+        if unknown := set(wanted) - set(test.CONTROLS):
+            raise InputError(f"--controls {unknown.pop()!r}: there are {', '.join(test.CONTROLS)}")
         result = test.run(model, *_place(device, dtype), wanted, limit)
         if out is not None:
             record.write(out, result.as_json())

@@ -14,7 +14,7 @@ from infinitevl.watch import Answered, Ended, Event, Seen, Started, Tell, Warned
 
 EVERY = 5.0  # seconds of real time between two lines of progress
 NAMES = {Started: "start", Seen: "frame", Answered: "answer", Warned: "warning", Ended: "end"}
-ENDS = {"end": "end of the source", "broken": "the source broke off", "interrupted": "interrupted"}
+ENDS = {"end": "end of the source", "broken": "end of what could be read", "interrupted": "interrupted"}
 
 
 @contextmanager

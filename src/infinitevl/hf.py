@@ -301,14 +301,10 @@ class InfiniteVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Raises ValueError where these do not fit each other.
         """
         _refuse("forward", {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states})
-        images = _grids(image_grid_thw, None)
-        videos = _grids(video_grid_thw, second_per_grid_ts)
-        hidden = self._embed(
-            input_ids,
-            inputs_embeds,
-            self._look(pixel_values, images, "pixel_values, image_grid_thw"),
-            self._look(pixel_values_videos, videos, "pixel_values_videos, video_grid_thw"),
-        )
+        images, videos = _grids(image_grid_thw, None), _grids(video_grid_thw, second_per_grid_ts)
+        seen = self._look(pixel_values, images, "pixel_values, image_grid_thw")
+        shown = self._look(pixel_values_videos, videos, "pixel_values_videos, video_grid_thw")
+        hidden = self._embed(input_ids, inputs_embeds, seen, shown)
         cache = self._begin(past_key_values, bool(use_cache), hidden.shape[0])
         present = _present(attention_mask, hidden.shape, 0 if cache is None else cache.length)
         if position_ids is None:
@@ -324,8 +320,8 @@ class InfiniteVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def _look(self, patches: Tensor | None, grids: list[Grid], names: str) -> Tensor | None:
         """Visual tokens [N, D] of pictures one after the other."""
         sizes = [grid.time * grid.rows * grid.columns for grid in grids]
-        if sum(sizes) != (0 if patches is None else len(patches)):
-            given = 0 if patches is None else len(patches)
+        given = 0 if patches is None else len(patches)
+        if sum(sizes) != given:
             raise ValueError(f"{names}: {given} patches were given, the grids want {sum(sizes)}")
         if patches is None:
             return None

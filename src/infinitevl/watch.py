@@ -179,8 +179,19 @@ def watch(model: Model, settings: Settings, tell: Tell) -> Ended:
     """
     stream = _stream(model, settings.resume)
     rate = model.processor.config.frames_per_second if settings.fps is None else settings.fps
-    with _Stop() as stop, frames(settings.source, fps=rate) as source:
+    with _Stop() as stop, _opened(settings.source, rate, stop) as source:
         return _Watch(stream, source, settings, tell, rate).run(stop)
+
+
+def _opened(source: str, rate: float, stop: _Stop) -> Source:
+    """The source; Ctrl-C while it is waited for is a KeyboardInterrupt, though a pipe calls it the end of its data."""
+    try:
+        with stop.waiting():
+            return frames(source, fps=rate)
+    except VideoError:
+        if stop.heard:
+            raise KeyboardInterrupt from None
+        raise
 
 
 def _stream(model: Model, resume: Path | None) -> Stream:
@@ -190,8 +201,12 @@ def _stream(model: Model, resume: Path | None) -> Stream:
         return Stream(model)
     try:
         return Stream.load(resume, model)
+    except MemoryFileError:
+        raise
     except OSError as error:
         raise MemoryFileError(f"{resume}: {(error.strerror or str(error)).lower()}; check the path") from error
+    except ValueError as error:  # a memory of several streams
+        raise MemoryFileError(f"{resume}: {error}") from error
 
 
 class _Stop:

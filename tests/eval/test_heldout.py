@@ -48,7 +48,7 @@ def model() -> Model:
             if parameter.dim() == 2 and not name.endswith("_conv") and name != "embedding.weight":
                 parameter.normal_(0, 1.5 * parameter.shape[1] ** -0.5)
         model.embedding.weight.normal_(0, 0.3)
-        model.embedding.weight[list(model.config.stop_tokens)] *= 1.5
+        model.embedding.weight[list(model.config.stop_tokens)] *= 2.2
     return model.eval()
 
 

@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import infinitevl
 import infinitevl.hf as hf
+from infinitevl.generate import feed
 from infinitevl.model import Model
 
 from .conftest import by_hand, clip, one_line, picture
@@ -98,15 +100,29 @@ def test_continuing_equals_one_pass(core: Model, model, edge) -> None:
 
 @torch.no_grad()
 def test_padded_continuation(model, edge) -> None:
-    """Rows of unequal questions after a memory of two rows: each as alone."""
-    begin = [edge(text="a b c"), edge(text="x y z")]
-    past = model(**edge(text=["a b c", "x y z"]), use_cache=True).past_key_values
-    questions = edge(text=["when?", "what was there before?"])
-    logits = model(**questions, past_key_values=past).logits
-    for row in range(2):
-        there = questions["attention_mask"][row].bool()
-        alone = torch.cat([begin[row]["input_ids"][0], questions["input_ids"][row, there]])[None]
-        assert (logits[row, there] - model(alone).logits[0, -int(there.sum()) :]).abs().max() <= TOLERANCE
+    """Rows of unequal beginnings and questions: each as alone, with the mask of the question or of everything."""
+    begin, questions = edge(text=["a b c", "x y z and so on"]), edge(text=["what was there before?", "when?"])
+    everything = torch.cat([begin["attention_mask"], questions["attention_mask"]], dim=1)
+    for mask in (questions["attention_mask"], everything):
+        past = model(**begin, use_cache=True).past_key_values
+        logits = model(questions["input_ids"], attention_mask=mask, past_key_values=past).logits
+        for row in range(2):
+            before, there = (part["attention_mask"][row].bool() for part in (begin, questions))
+            alone = torch.cat([begin["input_ids"][row, before], questions["input_ids"][row, there]])[None]
+            assert (logits[row, there] - model(alone).logits[0, -int(there.sum()) :]).abs().max() <= TOLERANCE
+
+
+@torch.no_grad()
+def test_the_memory_of_a_stream_can_be_asked(core: Model, model, edge) -> None:
+    stream = infinitevl.Stream(core)
+    for second in range(3):
+        stream.observe(picture(112, 112, second).numpy(), time=float(second))
+    question = core.processor.chat.tail("what is this?")
+    expected, after = feed(core, stream.memory, question)
+    output = model(torch.tensor([question]), past_key_values=hf.MemoryCache(stream.memory, stream.tokens))
+    assert (output.logits[:, -1] - core.logits(expected)).abs().max() <= TOLERANCE
+    again = output.past_key_values.memory
+    assert torch.equal(again.clock, after.clock) and again.start.isnan().all()  # the next frame begins a new run
 
 
 @torch.no_grad()
