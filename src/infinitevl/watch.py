@@ -184,14 +184,9 @@ def watch(model: Model, settings: Settings, tell: Tell) -> Ended:
 
 
 def _opened(source: str, rate: float, stop: _Stop) -> Source:
-    """The source; Ctrl-C while it is waited for is a KeyboardInterrupt, though a pipe calls it the end of its data."""
-    try:
-        with stop.waiting():
-            return frames(source, fps=rate)
-    except VideoError:
-        if stop.heard:
-            raise KeyboardInterrupt from None
-        raise
+    """The source; Ctrl-C while it is waited for is a KeyboardInterrupt."""
+    with stop.waiting():
+        return frames(source, fps=rate)
 
 
 def _stream(model: Model, resume: Path | None) -> Stream:

@@ -23,6 +23,7 @@ from infinitevl.model import Model
 from infinitevl.processor import load_processor
 
 ROOT = Path(__file__).parents[2]
+PATIENCE = 120  # seconds for a process on a busy machine; alone it needs five
 
 
 class Ran(NamedTuple):
@@ -108,8 +109,23 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
     return ran
 
 
-def started(*words: object, then: str = "", **options: object) -> subprocess.Popen[str]:
-    """`infinitevl` with some words in a process of its own, and code to run at its end."""
+@pytest.fixture
+def started() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts `infinitevl` with some words in a process of its own; none outlives its test."""
+    processes: list[subprocess.Popen[str]] = []
+
+    def start(*words: object, then: str = "", **options: object) -> subprocess.Popen[str]:
+        processes.append(_started(*words, then=then, **options))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def _started(*words: object, then: str, **options: object) -> subprocess.Popen[str]:
+    """then: code to run at its end."""
     code = f"import sys\nfrom infinitevl.cli import main\ntry: main()\nfinally: {then or 'pass'}"
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(

@@ -15,7 +15,7 @@ from infinitevl.config import tiny
 from infinitevl.model import Model
 from infinitevl.stream import Stream
 
-from .conftest import started
+from .conftest import PATIENCE
 
 
 def only_sound(path: Path) -> Path:
@@ -152,9 +152,9 @@ def test_help_states_every_exit_code(run: Callable, words: list[str]) -> None:
     assert all(f" {code} " in flat for code in (0, 1, 2, 3, 4, 5, 130))
 
 
-def test_help_does_not_wait_for_torch() -> None:
+def test_help_does_not_wait_for_torch(started: Callable) -> None:
     process = started("watch", "--help", then="print(sorted({'torch', 'numpy', 'av'} & set(sys.modules)))")
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=PATIENCE)
     assert (process.returncode, err, out.splitlines()[-1]) == (0, "", "[]")
 
 
