@@ -14,7 +14,9 @@ ROOT = Path(__file__).parents[1]
 
 
 def pytest_configure() -> None:
-    torch.set_num_threads(1)  # small models wait longer for a second thread than it saves, most of all on a busy machine
+    torch.set_num_threads(
+        1
+    )  # small models wait longer for a second thread than it saves, most of all on a busy machine
 
 
 @pytest.fixture(autouse=True)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import groupby
@@ -54,7 +52,7 @@ def model() -> Model:
     text = replace(config.text, **small)
     model = Model(replace(config, vision=vision, text=text), load_processor(weights.locate("tiny")))
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.dim() == 2:
                 parameter.normal_(0, 1.5 * parameter.shape[1] ** -0.5)
         model.embedding.weight.normal_(0, 0.3)
@@ -130,7 +128,7 @@ def truth(model, worlds, asks, painted) -> dict[str, list[str]]:
     return told
 
 
-@pytest.mark.parametrize("at_once", [1, 5, 1000])
+@pytest.mark.parametrize("at_once", [2, 1000])
 def test_batches_answer_as_one_by_one(model, worlds, asks, truth, at_once):
     assert exam.answers(Exam(model, worlds, asks, at_once)) == truth
 
@@ -256,16 +254,15 @@ def test_a_quick_look_says_that_it_is_one(model, asks, truth, small, tmp_path):
         heldout.run(tmp_path, limit=0)
 
 
-def test_a_number_travels_with_its_circumstances(model, tmp_path):
+def test_a_number_travels_with_its_circumstances(model, tmp_path, monkeypatch):
     about = record.circumstances(model)
     assert about["hardware"]["cores"] >= 1 and about["versions"]["torch"] == torch.__version__
     (tmp_path / "model.safetensors").write_bytes(b"abc")
     assert record.checksums(tmp_path) == {
         "model.safetensors": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     }
-    code = "from infinitevl.eval import record; print(record.command())"
-    done = subprocess.run([sys.executable, "-c", code, "/a/b/c.mp4"], capture_output=True, text=True, check=True)
-    assert done.stdout.strip().startswith("python -c") and done.stdout.strip().endswith(" c.mp4")
+    monkeypatch.setattr(record.sys, "orig_argv", ["/venv/bin/python", "/venv/bin/infinitevl", "eval", "a file.mp4"])
+    assert record.command() == "python infinitevl eval 'a file.mp4'"
     with pytest.raises(ValueError):
         record.write(tmp_path / "out.json", {"share": math.nan})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors"], "nothing half-written"

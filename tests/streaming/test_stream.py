@@ -48,9 +48,9 @@ def plain(model) -> Model:
     return made(replace(processor, config=replace(processor.config, stamp_seconds=None)))
 
 
-def made(processor: Processor) -> Model:
+def made(processor: Processor, **changes: object) -> Model:
     torch.manual_seed(0)
-    model = Model(tiny(), processor)
+    model = Model(replace(tiny(), text=replace(tiny().text, **changes)), processor)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2:
@@ -577,6 +577,7 @@ def fed(model: Model, step, count: int) -> Iterator[Memory]:
 @torch.no_grad()
 def test_a_recorded_frame_step_replays_through_three_windows(model):
     """Recorded once, on a memory before its first frame; no number of that moment may be in the record."""
+    model = made(model.processor, window=100)
     count = 3 * model.config.text.window // FRAME
 
     def step(memory: Memory, pixels: torch.Tensor, time: torch.Tensor) -> Memory:

@@ -36,7 +36,9 @@ def model() -> Model:
 def test_a_training_segment_leaves_the_memory_of_a_stream(model):
     phase = recipes.Phase("check", 1, 2, 2, 5, 3, SHORT, peak=1e-3)
     batch = make(phase, 3, model.processor, {})
-    pixels = Composer("cpu")({name: torch.from_numpy(getattr(batch, name)).flatten(0, 1) for name in ("strips", "scene", "grain")})
+    pixels = Composer("cpu")(
+        {name: torch.from_numpy(getattr(batch, name)).flatten(0, 1) for name in ("strips", "scene", "grain")}
+    )
     pixels = pixels.unflatten(0, (2, -1))
     trained = model.empty_memory(2)
     with torch.no_grad():
@@ -64,7 +66,11 @@ def test_a_question_is_learned_as_it_will_be_asked(model):
     with torch.no_grad():
         memory = model.empty_memory(1)
         loss, _ = train.ask(
-            model, memory, torch.zeros(1, dtype=torch.int64), torch.from_numpy(ids)[None], torch.from_numpy(labels)[None]
+            model,
+            memory,
+            torch.zeros(1, dtype=torch.int64),
+            torch.from_numpy(ids)[None],
+            torch.from_numpy(labels)[None],
         )
         hidden, memory = feed(model, model.empty_memory(1), prompt)
         by_hand = []

@@ -43,7 +43,9 @@ class Composer:
         self.atlas = torch.from_numpy(atlas.atlas().reshape(-1)).to(self.device)
         self.middle = torch.arange(SIZE, device=self.device, dtype=torch.int32) * 16 + 8  # pixel centres, 1/16 pixel
         number = torch.arange(SIZE * SIZE, device=self.device, dtype=torch.int32).view(SIZE, SIZE)
-        self.salt = number * 747796405  # int32 wraps, here and in `_noise`; made once: a compiler would fold it too wide
+        self.salt = (
+            number * 747796405
+        )  # int32 wraps, here and in `_noise`; made once: a compiler would fold it too wide
 
     @torch.no_grad()
     def __call__(self, params: dict[str, Tensor]) -> Tensor:
