@@ -67,7 +67,7 @@ def _asks(
 def _drawn(
     stories: Stories, story: int, frame: int, phase: Phase, rng: np.random.Generator, mix: dict[str, float]
 ) -> list[quiz.Question]:
-    """Kinds are drawn by weight, about the present or the past as the phase says; drawn again where none can be asked."""
+    """Kinds are drawn by weight, about the present or the past as the phase says; again where none fits."""
     chosen: list[quiz.Question] = []
     present, past = _weights((*quiz.NOW, *quiz.STATES), mix), _weights((*quiz.RECALL, *quiz.YES_NO), mix)
     for _ in range(4 * phase.asks):

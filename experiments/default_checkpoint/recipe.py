@@ -48,8 +48,8 @@ class Recipe:
 def default() -> Recipe:
     """The recipe of checkpoints/tiny: about 20 minutes on one H200.
 
-    Reading first, one picture at a time; then stories of 34, 68 and 136 frames (2 to 9 windows). 17 frames a segment put
-    the questions at every distance from the last time stamp, and keep the shapes of all stories equal.
+    Reading first, one picture at a time; then stories of 34, 68 and 136 frames (2 to 9 windows). Segments of 17 frames
+    put the questions at every distance from the last time stamp, and keep the shapes of all stories equal.
     """
     return Recipe(
         phases=(

@@ -103,7 +103,7 @@ def ask(model: Model, memory: Memory, rows: Tensor, ids: Tensor, labels: Tensor)
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """The nearest semi-orthogonal matrices [N, R, C], roughly: five Newton-Schulz steps in bf16 (Jordan et al. 2024)."""
+    """The nearest semi-orthogonal matrices [N, R, C], roughly: five Newton-Schulz steps in bf16 (Jordan 2024)."""
     x = matrices.bfloat16()
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     tall = x.shape[-2] > x.shape[-1]
@@ -222,7 +222,7 @@ def produced(recipe: Recipe, start: int) -> Iterator[tuple[Phase, int, int, Batc
 
 
 class Result(NamedTuple):
-    """Per question: loss, whether all of the answer is right, kind, whether there was one. Gradients of the mean loss."""
+    """Per question: loss, is all of the answer right, kind, was there one. Gradients of the mean loss."""
 
     loss: Tensor
     right: Tensor
