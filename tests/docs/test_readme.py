@@ -47,7 +47,7 @@ def run(block: Block, folder: Path) -> None:
     """Runs the block in `folder`; AssertionError with its last output unless it ends well within SECONDS."""
     shell = ["bash", "-euo", "pipefail", "-c"] if block.language == "bash" else [sys.executable, "-c"]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*shell, block.code],
         cwd=folder,

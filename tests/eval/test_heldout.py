@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import groupby
 
@@ -30,15 +29,6 @@ from infinitevl.video import Frame
 
 FRAMES = 22
 WINDOW = 48  # tokens: under three frames, so that the delta states matter
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Work this small waits more for its threads than they spare it: on a busy machine twenty times as long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

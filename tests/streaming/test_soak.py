@@ -6,14 +6,12 @@ import importlib.util
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
-import torch
 
 pytest.importorskip("sklearn")
 
@@ -21,15 +19,13 @@ SCRIPT = Path(__file__).parents[2] / "experiments" / "soak" / "run.py"
 
 
 @pytest.fixture(scope="module")
-def soak() -> Iterator[ModuleType]:
-    """The script as a module. It sets the number of threads."""
+def soak() -> ModuleType:
+    """The script as a module."""
     spec = importlib.util.spec_from_file_location("soak_run", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    threads = torch.get_num_threads()
-    yield module
-    torch.set_num_threads(threads)
+    return module
 
 
 def notes(soak, resident: list[int], nbytes: list[int]):

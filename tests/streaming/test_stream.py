@@ -26,15 +26,6 @@ FRAME = 16  # tokens of a frame of 112x112
 QUESTION = "what does the sign say?"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Work this small waits more for its threads than they spare it: on a busy machine twenty times as long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def model() -> Model:
     """Random weights of a size at which what was seen decides what is said."""
@@ -265,6 +256,27 @@ def test_asking_leaves_the_memory_bit_identical(model):
     assert same(watched.memory, before), "what is handed out is a clone"
     watched.ask(QUESTION, at_most=1, keep=True)
     assert not same(watched.memory, before)
+
+
+def test_a_question_gets_a_memory_to_consume(model, monkeypatch):
+    """A step may write into what it is given (a recorded one does): all ways of asking give it a clone."""
+
+    def wasteful(model, memory, *rest):
+        yield from model.processor.ids("AB")
+        for _, leaf in memory.named():
+            leaf.zero_()
+        return memory
+
+    watched = watching(model, 2)
+    before = watched.memory
+    monkeypatch.setattr(stream, "reply", wasteful)
+    assert watched.ask(QUESTION).text == "".join(watched.ask_pieces(QUESTION)) == "AB"
+    assert stream.answer(model, watched._memory, QUESTION) == "AB"
+    assert same(watched.memory, before)
+    monkeypatch.setattr(stream, "feed", lambda *_: 1 / 0)  # what is kept is not closed: nothing is kept at all
+    with pytest.raises(ZeroDivisionError):
+        watched.ask(QUESTION, keep=True)
+    assert same(watched.memory, before)
 
 
 def test_an_answer_carries_its_time_tokens_and_seconds(model):
