@@ -114,7 +114,7 @@ def test_one_wrong_answer_costs_one(truth):
 
 
 def test_a_wrong_number_of_answers_is_refused(truth):
-    with pytest.raises(ValueError, match="one for each line of heldout.plan"):
+    with pytest.raises(ValueError, match="answers for .* questions; give one for each"):
         heldout.score(truth[:-1])
 
 
@@ -127,3 +127,10 @@ def test_tables_for_people_and_for_programs(truth):
     plain = heldout.as_json(table)
     assert plain["never"]["share"] == 1.0 and plain["never"]["seen"][0] == plain["never"]["seen"][1]
     assert math.isnan(heldout.Count(0, 0).share)
+
+
+def test_a_part_of_the_plan_is_scored_by_its_own_lines(truth):
+    half = [place for place, ask in enumerate(heldout.plan()) if ask.stream % 2]
+    part = heldout.score([truth[place] for place in half], [heldout.plan()[place] for place in half])
+    assert part["now"].total.share == 1
+    assert part["now"].total.asked == sum("now" in heldout.plan()[place].rows for place in half)

@@ -27,12 +27,6 @@ RULE = "at every age up to four windows at least twice the best control"
 RULE_ROWS = ("age1", "age2", "age4")
 
 
-def tabulated(asks: Sequence[Ask], given: Sequence[str]) -> dict[str, Score]:
-    """One answer for each of `asks`, which may be a part of the plan -> the table, by row name."""
-    marks = [(ask, text.strip() == ask.question.answer) for ask, text in zip(asks, given, strict=True)]
-    return {row.name: heldout._score(row, [mark for mark in marks if row.name in mark[0].rows]) for row in heldout.ROWS}
-
-
 def verdict(tables: Mapping[str, Mapping[str, Score]]) -> dict[str, Any] | None:
     """Whether `RULE` holds, with the figures it compares; None where the model or every control is missing.
 
@@ -70,7 +64,7 @@ class Report:
 
     @property
     def tables(self) -> dict[str, dict[str, Score]]:
-        return {name: tabulated(self.asks, given) for name, given in self.answers.items()}
+        return {name: heldout.score(given, self.asks) for name, given in self.answers.items()}
 
     @property
     def partial(self) -> str | None:

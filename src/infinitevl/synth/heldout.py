@@ -216,11 +216,14 @@ class Score:
     kinds: dict[str, Count]
 
 
-def score(answers: Sequence[str]) -> dict[str, Score]:
-    """One answer for each line of `plan()`, in its order -> the table, by row name. A wrong number is a ValueError."""
-    asks = plan()
+def score(answers: Sequence[str], asks: Sequence[Ask] | None = None) -> dict[str, Score]:
+    """One answer for each of `asks` (None: the whole `plan()`), in order -> the table, by row name.
+
+    ValueError for a wrong number of answers.
+    """
+    asks = plan() if asks is None else asks
     if len(answers) != len(asks):
-        raise ValueError(f"{len(answers)} answers for {len(asks)} questions; give one for each line of heldout.plan()")
+        raise ValueError(f"{len(answers)} answers for {len(asks)} questions; give one for each, in order")
     marks = [(ask, given.strip() == ask.question.answer) for ask, given in zip(asks, answers, strict=True)]
     return {row.name: _score(row, [mark for mark in marks if row.name in mark[0].rows]) for row in ROWS}
 
