@@ -7,13 +7,13 @@ copies of it; gradients run back through all segments. Nothing here knows how th
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import multiprocessing
 import time
 from collections import deque
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from infinitevl import rope, weights
 from infinitevl.config import tiny
+from infinitevl.files import written_aside
 from infinitevl.memory import Memory
 from infinitevl.model import Model
 from infinitevl.processor import Processor, load_processor, patchify
@@ -191,15 +192,16 @@ def rate_at(recipe: Recipe, phase: Phase, step: int, overall: int) -> float:
     return phase.peak * (1 + (phase.floor - 1) * share) * min(1.0, (overall + 1) / recipe.warmup)
 
 
-_worker: dict[str, Processor] = {}
+@functools.cache
+def _processor() -> Processor:
+    """The processor of a worker process, loaded once."""
+    torch.set_num_threads(1)
+    return load_processor(weights.locate(weights.DEFAULT))
 
 
 def _produce(job: tuple[Phase, int, dict[str, float]]) -> Batch:
-    if not _worker:
-        torch.set_num_threads(1)
-        _worker["processor"] = load_processor(weights.locate(weights.DEFAULT))
     phase, seed, mix = job
-    return make(phase, seed, _worker["processor"], mix)
+    return make(phase, seed, _processor(), mix)
 
 
 def produced(recipe: Recipe, start: int) -> Iterator[tuple[Phase, int, int, Batch]]:
@@ -255,7 +257,7 @@ class Step:
 
     def __init__(self, model: Model, composer: Composer, phase: Phase, record: bool) -> None:
         self.record = record
-        self.run = partial(train_step, model, composer, plan_segments(model, phase), phase)
+        self.run = functools.partial(train_step, model, composer, plan_segments(model, phase), phase)
         self.device = model.device
         self.graph: torch.cuda.CUDAGraph | None = None
         self.inputs: dict[str, Tensor] = {}
@@ -365,14 +367,15 @@ def run(args: argparse.Namespace) -> None:
 def finish(model: Model, trainer: Trainer, step: int, args: argparse.Namespace) -> None:
     """Write the weights as a checkpoint, and the state for a resumed run."""
     out = Path(args.out)
-    torch.save({"step": step, **trainer.state()}, out / "state.pt")
+    with written_aside(out / "state.pt") as aside:
+        torch.save({"step": step, **trainer.state()}, aside)
     weights.save(model.bfloat16(), out / "checkpoint")
     print(f"step {step}: written to {out}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--recipe", default="default")
+    parser.add_argument("--recipe", default="default", choices=("default", "smoke"))
     parser.add_argument("--out", default="runs/default_checkpoint")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--resume", help="state.pt of an earlier run")
