@@ -14,7 +14,7 @@ from infinitevl import __version__, ops, weights
 from infinitevl.config import ConfigError
 from infinitevl.model import Model
 
-PACKAGES = ("torch", "transformers", "safetensors", "av", "numpy", "pillow", "triton", "fla-core")
+PACKAGES = ("transformers", "safetensors", "av", "numpy", "pillow", "triton", "fla-core")
 MISSING = "not installed"
 
 
@@ -32,6 +32,7 @@ def examine(where: str = weights.DEFAULT) -> dict[str, Any]:
 def _versions() -> dict[str, str]:
     system = f"{platform.system()} {platform.machine()}"
     found = {"infinitevl": __version__, "python": platform.python_version(), "system": system}
+    found["torch"] = str(torch.__version__)  # with its build, which its metadata does not tell
     for package in PACKAGES:
         try:
             found[package] = metadata.version(package)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import threading
 import time as clock
+from collections import deque
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -97,11 +98,35 @@ def answer(model: Model, memory: Memory, question: str, at_most: int = 64, sampl
     return model.processor.text(reply(model, memory.clone(), question, at_most, sampling)).strip()
 
 
+class Turns:
+    """A lock that is taken first come, first served: a camera without pauses would keep a plain one to itself."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._queue: deque[object] = deque()  # who waits, in order; the first has the lock
+
+    def __enter__(self) -> None:
+        mine = object()
+        with self._changed:
+            self._queue.append(mine)
+            try:
+                self._changed.wait_for(lambda: self._queue[0] is mine)
+            except BaseException:  # Ctrl-C while waiting: the others must not wait for one who left
+                self._queue.remove(mine)
+                self._changed.notify_all()
+                raise
+
+    def __exit__(self, *error: object) -> None:
+        with self._changed:
+            self._queue.popleft()
+            self._changed.notify_all()
+
+
 class Stream:
     """A memory that is being fed. One camera thread and any number of asking threads may share it.
 
-    Order: a question is about exactly the frames whose `observe` returned before the question took its clone. Only
-    `ask(keep=True)` makes frames wait for the whole answer, because it writes.
+    Order: first come, first served; a question is about exactly the frames whose `observe` returned before the question
+    took its clone. Only `ask(keep=True)` makes frames wait for the whole answer, because it writes.
     """
 
     def __init__(self, model: Model, memory: Memory | None = None) -> None:
@@ -110,7 +135,7 @@ class Stream:
         self.model = model
         self._memory = begin(model) if memory is None else memory
         self._size: tuple[int, int] | None = None
-        self._lock = threading.RLock()
+        self._lock = Turns()
 
     @property
     def memory(self) -> Memory:

@@ -20,7 +20,7 @@ from infinitevl.config import tiny
 from infinitevl.generate import feed, pick
 from infinitevl.model import Model
 from infinitevl.processor import Processor, load_processor
-from infinitevl.stream import TimeError
+from infinitevl.stream import TimeError, Turns
 
 FRAME = 16  # tokens of a frame of 112x112
 QUESTION = "what does the sign say?"
@@ -466,6 +466,45 @@ def in_threads(*works) -> None:
         thread.join(timeout=120)
     assert not any(thread.is_alive() for thread in threads), "a deadlock"
     assert not wrong, wrong
+
+
+def waiting(turns: Turns, count: int) -> None:
+    """Until `count` have queued, the one that has the lock included."""
+    for _ in range(5000):
+        if len(turns._queue) == count:
+            return
+        threading.Event().wait(0.002)
+    raise AssertionError(f"{len(turns._queue)} queued, not {count}")
+
+
+def test_turns_are_taken_first_come_first_served():
+    turns, order = Turns(), []
+
+    def take(name: str) -> None:
+        with turns:
+            order.append(name)
+
+    threads = [threading.Thread(target=take, args=(name,), daemon=True) for name in "abc"]
+    with turns:
+        for place, thread in enumerate(threads):
+            thread.start()
+            waiting(turns, place + 2)
+    take("back at once")  # who has just had the lock goes behind those who waited
+    for thread in threads:
+        thread.join(timeout=10)
+    assert order == ["a", "b", "c", "back at once"]
+
+
+def test_who_leaves_the_queue_keeps_nobody_waiting(monkeypatch):
+    turns = Turns()
+    with turns:
+        with monkeypatch.context() as patched:
+            patched.setattr(turns._changed, "wait_for", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt), turns:
+                pass
+        assert len(turns._queue) == 1
+    with turns:
+        assert len(turns._queue) == 1
 
 
 def test_a_camera_and_two_users_in_threads(model):

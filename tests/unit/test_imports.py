@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "stream": STREAM,
     "synth": BASE,
     "train": TASKS,
-    "eval": TASKS | {"synth"},
+    "eval": TASKS | {"__init__", "synth"},
     "hf": STREAM,
     "serve": TASKS,
     "report": BASE,

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from infinitevl import ops
+from infinitevl import __version__, ops
 from infinitevl.files import written_aside
 from infinitevl.model import Model
 
-PACKAGES = ("infinitevl", "torch", "numpy", "transformers", "fla-core", "triton")
+PACKAGES = ("numpy", "transformers", "fla-core", "triton")
 
 
 def circumstances(model: Model) -> dict[str, Any]:
@@ -32,8 +32,14 @@ def circumstances(model: Model) -> dict[str, Any]:
         "hardware": hardware(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
         "ops": {op: ops.choose(op, model.device).name for op in ops.OPS},
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": versions(),
     }
+
+
+def versions() -> dict[str, str | None]:
+    """Of Python, this package, torch (with its build, which its metadata does not tell) and others; None: not there."""
+    own = {"python": platform.python_version(), "infinitevl": __version__, "torch": str(torch.__version__)}
+    return {**own, **{name: _version(name) for name in PACKAGES}}
 
 
 def command() -> str:
