@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from infinitevl import memory as memories
-from infinitevl.attention import SoftmaxMixer, Where
+from infinitevl.attention import SoftmaxMixer
 from infinitevl.config import SOFTMAX, ModelConfig, TextConfig
 from infinitevl.delta import DeltaMixer
+from infinitevl.layers import GatedMLP, RMSNorm
 from infinitevl.memory import Delta, Memory, Window
+from infinitevl.ops.where import Where
 from infinitevl.processor import Processor
 from infinitevl.rope import angles
-from infinitevl.vision import GatedMLP, RMSNorm, Vision
+from infinitevl.vision import Vision
 
 INIT_STD = 0.02
 
@@ -37,10 +39,9 @@ class Block(nn.Module):
     def forward(
         self, hidden: Tensor, where: Where, state: Window | Delta | None
     ) -> tuple[Tensor, Window | Delta | None]:
-        """hidden [B, T, D] and the block's part of the memory -> the same, one block later."""
-        mixed, state = self.mixer(self.norm_mixer(hidden), where, state)
-        hidden = hidden + mixed
-        return hidden + self.mlp(self.norm_mlp(hidden)), state
+        """hidden [B, T, D] and the block's part of the memory -> the same, one block later; both are consumed."""
+        hidden, state = self.mixer(hidden, self.norm_mixer, where, state)
+        return self.mlp(hidden, self.norm_mlp), state
 
 
 class Model(nn.Module):
@@ -72,6 +73,16 @@ class Model(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.embedding.weight.dtype
+
+    def fuse(self) -> Model:
+        """Lay weights that read one input side by side, and pad what the hardware wants padded; returns the model.
+
+        Parameters become views: names, shapes and saved files stay. Call it after the last move to a device or dtype.
+        """
+        for module in self.modules():
+            if isinstance(module, GatedMLP | SoftmaxMixer | DeltaMixer):
+                module.fuse()
+        return self
 
     def empty_memory(self, batch: int = 1, capacity: int | None = None) -> Memory:
         """A memory of this model that has seen nothing, on its device; `capacity` as in `Memory.empty`."""
@@ -106,6 +117,7 @@ class Model(nn.Module):
         """
         where, memory = self._where(positions, memory, present, segment)
         states = []
+        hidden = hidden.clone()  # blocks add to it in place; the caller's stays as it is
         for number, block in enumerate(self.blocks):
             hidden, state = block(hidden, where, None if memory is None else memory.blocks[number])
             states.append(state)
@@ -133,7 +145,7 @@ class Model(nn.Module):
                 segment = _filled(segment, present)
                 step = _since_segment(step, segment)
             index = step if present is None else torch.where(present, step, -1)
-            return Where(turns, index, present, segment), None
+            return Where(*turns, index, present, *_ordered(present), segment), None
         if segment is not None:
             raise ValueError("segments are for packed training: they go without a memory")
         index = memory.seen[:, None] + step
@@ -142,7 +154,7 @@ class Model(nn.Module):
             index, latest = torch.where(present, index, -1), torch.where(present, latest, -1)
         self._check_capacity(memory, count)
         target = memories.target_slots(index, memory.index, self.config.text.sinks)
-        where = Where(turns, index, present, None, memory.index, target)
+        where = Where(*turns, index, present, *_ordered(present), None, memory.seen, memory.index, target)
         return where, memory._replace(
             index=memories.write(memory.index, target, index),
             seen=memory.seen + count,
@@ -155,6 +167,13 @@ class Model(nn.Module):
             if most > memory.index.shape[1]:
                 room = memory.index.shape[1]
                 raise CapacityError(f"{most} tokens do not fit a memory made for {room}: make a larger one (capacity=)")
+
+
+def _ordered(present: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Place of the j-th token that is there [B, T] (those that are not come last), and how many are [B]."""
+    if present is None:
+        return None, None
+    return torch.argsort((~present).to(torch.int8), dim=1, stable=True), present.sum(1)
 
 
 def _filled(segment: Tensor, present: Tensor | None) -> Tensor:

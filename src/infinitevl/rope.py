@@ -47,27 +47,27 @@ def angles(positions: Tensor, config: TextConfig) -> Angles:
     return Angles(phase.cos().float(), phase.sin().float())
 
 
-def rotate(x: Tensor, angles: Angles) -> Tensor:
-    """x [B, T, H, hd] rotated by its tokens' angles, in float32, returned in x's dtype."""
-    wide = x.float()
-    first, second = wide.chunk(2, dim=-1)
-    turned = torch.cat([-second, first], dim=-1)
-    return (wide * angles.cos[:, :, None] + turned * angles.sin[:, :, None]).to(x.dtype)
+def next_text(memory: Memory, length: int, there: Tensor | None = None) -> tuple[Tensor, Memory]:
+    """Positions [3, B, length] of text that follows, and the memory with its run of frames ended.
 
-
-def next_text(memory: Memory, length: int) -> tuple[Tensor, Memory]:
-    """Positions [3, B, length] of text that follows, and the memory with its run of frames ended."""
+    there: bool [B], the rows that the text is for; None: all. The others' clocks stay.
+    """
     at = memory.clock[:, None] + torch.arange(length, device=memory.clock.device)
-    return at.expand(3, -1, -1), memory._replace(start=torch.full_like(memory.start, torch.nan))
+    start = torch.full_like(memory.start, torch.nan) if there is None else memory.start.masked_fill(there, torch.nan)
+    return at.expand(3, -1, -1), memory._replace(start=start)
 
 
-def next_frame(memory: Memory, time: Tensor, rows: int, columns: int, config: ModelConfig) -> tuple[Tensor, Memory]:
+def next_frame(
+    memory: Memory, time: Tensor, rows: int, columns: int, config: ModelConfig, there: Tensor | None = None
+) -> tuple[Tensor, Memory]:
     """Positions [3, B, rows * columns] of a frame at `time` (seconds, float64 [B]) and the memory, its run extended.
 
     rows, columns count tokens. t = origin + floor(tokens_per_second * (time - start)), h = origin + row,
     w = origin + column, where origin is the position at which this run of frames began and start its first time.
+    there: bool [B], the rows that have a frame; None: all. The others' clocks stay; their positions mean nothing.
     """
-    fresh = memory.start.isnan()
+    there = torch.ones_like(memory.start, dtype=torch.bool) if there is None else there
+    fresh = memory.start.isnan() & there
     origin = torch.where(fresh, memory.clock, memory.origin)
     start = torch.where(fresh, time, memory.start)
     t = origin + (config.vision.tokens_per_second * (time - start)).floor().long()
@@ -75,7 +75,8 @@ def next_frame(memory: Memory, time: Tensor, rows: int, columns: int, config: Mo
     row = torch.arange(rows, device=device).repeat_interleave(columns)
     column = torch.arange(columns, device=device).repeat(rows)
     positions = torch.stack([t[:, None].expand(-1, rows * columns), origin[:, None] + row, origin[:, None] + column])
-    return positions, memory._replace(frames=memory.frames + 1, origin=origin, start=start, last=time)
+    last = torch.where(there, time, memory.last)
+    return positions, memory._replace(frames=memory.frames + there, origin=origin, start=start, last=last)
 
 
 def prompt(

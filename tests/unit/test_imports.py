@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[2] / "src" / "infinitevl"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 BASE = {"config", "files"}
-MIXERS = {"rope", "attention", "delta", "vision"}
+MIXERS = {"layers", "rope", "attention", "delta", "vision"}
 MODEL = BASE | {"memory", "ops", "processor"} | MIXERS | {"model"}
 STREAM = MODEL | {"video", "weights", "stream", "generate"}
 TASKS = STREAM | {"train", "eval"}

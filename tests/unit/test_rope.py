@@ -11,6 +11,7 @@ import torch
 from infinitevl import rope
 from infinitevl.config import ModelConfig, infinitevl_4b, tiny
 from infinitevl.memory import Memory
+from infinitevl.ops import reference
 from infinitevl.rope import Grid
 
 CONFIG = tiny(64)
@@ -26,6 +27,10 @@ def ids(*parts: tuple[int, int] | int) -> torch.Tensor:
 def fed(memory: Memory, positions: torch.Tensor) -> Memory:
     """What `Model.forward` does to the clock."""
     return memory._replace(clock=torch.maximum(memory.clock, positions.amax((0, 2)) + 1))
+
+
+def turned(x: torch.Tensor, angle: rope.Angles) -> torch.Tensor:
+    return reference.rotate(x=x, cos=angle.cos, sin=angle.sin)
 
 
 def frame(memory: Memory, time: float, rows: int = 2, columns: int = 3) -> tuple[torch.Tensor, Memory]:
@@ -201,16 +206,14 @@ def test_rotation_turns_pairs_and_scores_know_only_distances():
     q, k = torch.randn(2, 1, 1, 1, config.head_dim)
 
     def score(at: int, other: int) -> torch.Tensor:
-        turned = [
-            rope.rotate(x, rope.angles(torch.full((3, 1, 1), place), config)) for x, place in ((q, at), (k, other))
-        ]
-        return (turned[0] * turned[1]).sum()
+        pair = [turned(x, rope.angles(torch.full((3, 1, 1), place), config)) for x, place in ((q, at), (k, other))]
+        return (pair[0] * pair[1]).sum()
 
     torch.testing.assert_close(score(12, 5), score(100_012, 100_005), atol=1e-4, rtol=0)
     assert abs(score(12, 5) - score(12, 6)) > 1e-3
     half = config.head_dim // 2
     angle = rope.angles(torch.full((3, 1, 1), 3), config)
-    turned = rope.rotate(q, angle)
+    rotated = turned(q, angle)
     pairs = torch.complex(q[..., :half], q[..., half:]) * torch.complex(angle.cos, angle.sin)[..., None, :half]
-    torch.testing.assert_close(turned, torch.cat([pairs.real, pairs.imag], dim=-1))
-    assert rope.rotate(q.bfloat16(), angle).dtype == torch.bfloat16
+    torch.testing.assert_close(rotated, torch.cat([pairs.real, pairs.imag], dim=-1))
+    assert turned(q.bfloat16(), angle).dtype == torch.bfloat16
