@@ -63,8 +63,12 @@ class DeltaMixer(nn.Module):
         return self
 
     def fuse(self) -> None:
-        """Lay the projections' weights side by side."""
+        """Lay the projections' weights side by side, and the convolutions' tap by tap: channels become neighbours."""
         self.joint = side_by_side(self._projections())
+        convs = (self.q_conv, self.k_conv, self.v_conv)
+        taps = torch.cat([conv.data for conv in convs]).T.contiguous()
+        for conv, part in zip(convs, taps.split([len(conv) for conv in convs], dim=1), strict=True):
+            conv.data = part.T
 
     def _projections(self) -> tuple[nn.Linear, ...]:
         return self.q, self.k, self.v, self.g, self.a, self.b

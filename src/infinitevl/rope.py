@@ -7,11 +7,13 @@ text continues at the greatest position so far plus one.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from infinitevl import ops
 from infinitevl.config import ModelConfig, TextConfig
 from infinitevl.memory import Memory
 
@@ -33,18 +35,16 @@ class Grid(NamedTuple):
 
 
 def angles(positions: Tensor, config: TextConfig) -> Angles:
-    """Angles of mRoPE positions [3, B, T]: each range of frequencies follows time, row or column (`mrope_sections`).
+    """Angles of mRoPE positions [3, B, T]: each range of frequencies follows time, row or column (`mrope_sections`)."""
+    frequency = _frequency(config.rope_theta, config.head_dim // 2, positions.device)
+    return Angles(*ops.angles(positions=positions, frequency=frequency, sections=config.mrope_sections))
 
-    The phase is taken in float64: float32 is off by 0.02 rad at position 1e6.
-    """
-    half = config.head_dim // 2
-    frequency = config.rope_theta ** (-torch.arange(half, dtype=torch.float64, device=positions.device) / half)
-    parts = [
-        positions[axis].double()[..., None] * part
-        for axis, part in enumerate(frequency.split(list(config.mrope_sections)))
-    ]
-    phase = torch.cat([*parts, *parts], dim=-1)
-    return Angles(phase.cos().float(), phase.sin().float())
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _frequency(theta: float, half: int, device: torch.device) -> Tensor:
+    """float64 [half], made once: on a GPU every launch of a token counts."""
+    return theta ** (-torch.arange(half, dtype=torch.float64, device=device) / half)
 
 
 def next_text(memory: Memory, length: int, there: Tensor | None = None) -> tuple[Tensor, Memory]:
@@ -71,12 +71,18 @@ def next_frame(
     origin = torch.where(fresh, memory.clock, memory.origin)
     start = torch.where(fresh, time, memory.start)
     t = origin + (config.vision.tokens_per_second * (time - start)).floor().long()
-    device = time.device
-    row = torch.arange(rows, device=device).repeat_interleave(columns)
-    column = torch.arange(columns, device=device).repeat(rows)
-    positions = torch.stack([t[:, None].expand(-1, rows * columns), origin[:, None] + row, origin[:, None] + column])
+    places = origin[None, :, None] + _grid(rows, columns, time.device)
+    positions = torch.cat([t[None, :, None].expand(-1, -1, rows * columns), places])
     last = torch.where(there, time, memory.last)
     return positions, memory._replace(frames=memory.frames + there, origin=origin, start=start, last=last)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _grid(rows: int, columns: int, device: torch.device) -> Tensor:
+    """Row and column of every token of a frame, [2, 1, rows * columns]."""
+    row = torch.arange(rows, device=device).repeat_interleave(columns)
+    return torch.stack([row, torch.arange(columns, device=device).repeat(rows)])[:, None]
 
 
 def prompt(

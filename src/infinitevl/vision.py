@@ -14,23 +14,22 @@ from torch import Tensor, nn
 
 from infinitevl import ops
 from infinitevl.config import VisionConfig
-from infinitevl.layers import GatedMLP, RMSNorm, sum_onto
+from infinitevl.layers import GatedMLP, Joint, RMSNorm, sum_onto, widened
+from infinitevl.ops.where import Windows
 
 
 class Layout(NamedTuple):
     """The order in which a grid's patches are worked on: window by window, so that a window is a run of patches.
 
     order [P]: the patch at each place. back [P / 4]: the place of each merged token. cos, sin float32 [1, P, hd]: the
-    rotation at each place. place [windows, largest]: the place of each patch of each window, its first one repeated
-    where a window is small; there (bool, likewise) tells them apart, None when all windows are of one size.
+    rotation at each place.
     """
 
     order: Tensor
     back: Tensor
     cos: Tensor
     sin: Tensor
-    place: Tensor
-    there: Tensor | None
+    windows: Windows
 
 
 @lru_cache(maxsize=64)
@@ -54,7 +53,7 @@ def layout(rows: int, columns: int, config: VisionConfig, device: torch.device) 
     phase = _phase(raster // columns, raster % columns, config)
     tensors = (order, unit_order.argsort(), phase.cos().float(), phase.sin().float(), place)
     order, back, cos, sin, place = (x.to(device) for x in tensors)
-    return Layout(order, back, cos, sin, place, None if len(set(sizes)) == 1 else there.to(device))
+    return Layout(order, back, cos, sin, Windows(place, None if len(set(sizes)) == 1 else there.to(device)))
 
 
 def _phase(row: Tensor, column: Tensor, config: VisionConfig) -> Tensor:
@@ -73,31 +72,20 @@ class VisionAttention(nn.Module):
         self.heads, self.windowed = config.num_heads, windowed
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.wide: Joint | None = None
+
+    def fuse(self) -> None:
+        """The output projection's bias as a column of its weight, 64 columns wider: it then costs nothing."""
+        self.wide = widened(self.proj, self.proj.in_features + 64)
 
     def forward(self, x: Tensor, norm: RMSNorm, where: Layout) -> Tensor:
         """x [F, P, D] in window order -> x + attention(norm(x)); x is consumed."""
         qkv = self.qkv(norm(x)).unflatten(-1, (3, self.heads, -1))
-        turned = ops.rotate(x=qkv[:, :, :2].flatten(2, 3), cos=where.cos, sin=where.sin)
-        q, k = turned.unflatten(2, (2, self.heads)).unbind(2)
-        v = qkv[:, :, 2]
-        out = self._in_windows(q, k, v, where) if self.windowed else _softmax(q, k, v, None)
-        return sum_onto(x, out.flatten(2), self.proj)
-
-    def _in_windows(self, q: Tensor, k: Tensor, v: Tensor, where: Layout) -> Tensor:
-        frames, windows = q.shape[0], where.place.shape[0]
-        if where.there is None:
-            q, k, v = (x.unflatten(1, (windows, -1)).flatten(0, 1) for x in (q, k, v))
-            return _softmax(q, k, v, None).unflatten(0, (frames, windows)).flatten(1, 2)
-        q, k, v = (x[:, where.place].flatten(0, 1) for x in (q, k, v))
-        mask = where.there[:, None, None, :].repeat(frames, 1, 1, 1)
-        out = _softmax(q, k, v, mask).unflatten(0, (frames, windows))
-        return out.flatten(1, 2)[:, where.there.flatten()]
-
-
-def _softmax(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """[N, P, H, hd] each -> [N, P, H, hd]."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+        windows = where.windows if self.windowed else None
+        wide = self.wide if self.wide is not None and self.wide.holds((self.proj,)) else None
+        width = self.proj.in_features if wide is None else wide.weight.shape[1]
+        out = ops.attend_patches(qkv=qkv, cos=where.cos, sin=where.sin, windows=windows, width=width)
+        return sum_onto(x, out, self.proj) if wide is None else ops.linear(x=out, weight=wide.weight, onto=x)
 
 
 class VisionBlock(nn.Module):

@@ -355,7 +355,7 @@ def test_the_rule_for_cuda(monkeypatch, installed, op):
     monkeypatch.setattr(ops.importlib.util, "find_spec", lambda name: object() if installed else None)
     assert ops.choose(op, CUDA, torch.bfloat16).name == ("triton" if installed else "reference")
     assert installed or "not installed" in ops.choose(op, CUDA, torch.bfloat16).reason
-    assert ops.choose(op, CUDA, torch.float32).name == "reference"
+    assert (ops.choose(op, CUDA, torch.float32).name == "triton") == (installed and op == "place")
     assert ops.choose(op, CUDA, torch.bfloat16, gradient=True).name == "reference"
     assert ops.choose(op, CUDA, torch.bfloat16, segments=True).name == "reference"
     assert ops.choose(op, torch.device("mps"), torch.bfloat16).name == "reference"
@@ -418,3 +418,9 @@ def test_a_linear_is_norm_product_gate_and_sum(gated, normed, biased, summed):
     y = y @ weight.mT + (bias if biased else 0)
     y = y[..., :5] * y[..., :5].sigmoid() * y[..., 5:] if gated else y
     torch.testing.assert_close(got, y + onto if summed else y)
+
+
+def test_small_delta_heads_are_left_to_the_reference(monkeypatch):
+    monkeypatch.setattr(ops.importlib.util, "find_spec", lambda name: object())
+    assert ops.choose("gated_delta", CUDA, torch.bfloat16, channels=31).name == "reference"
+    assert ops.choose("gated_delta", CUDA, torch.bfloat16, channels=32).name == "triton"

@@ -163,6 +163,27 @@ def test_rows_run_apart():
     assert positions[:, :, 0].tolist() == [[6, 16], [4, 9], [4, 9]]
 
 
+def test_the_clocks_of_rows_that_are_not_there_stay():
+    """Rows before a run, in one, and after one that ended; what stands in the place of their times does not matter."""
+    begun = Memory.empty(CONFIG, 6)._replace(clock=torch.tensor([4, 4, 9, 9, 7, 7]))
+    running = torch.tensor([False, False, True, True, True, True])
+    _, begun = rope.next_frame(begun, torch.arange(6).double(), 2, 2, CONFIG, running)
+    _, begun = rope.next_text(begun, 3, torch.tensor([False, False, False, False, True, True]))
+    assert begun.start.isnan().tolist() == [True, True, False, False, True, True]
+    there = torch.tensor([True, False] * 3)
+    time = torch.tensor([8.0, math.nan, 8.0, -1e9, 8.0, math.inf]).double()
+    positions, framed = rope.next_frame(begun, time, 2, 2, CONFIG, there)
+    right, whole = rope.next_frame(begun, torch.full_like(time, 8.0), 2, 2, CONFIG)
+    assert torch.equal(positions[:, there], right[:, there])
+    _, read = rope.next_text(begun, 3, there)
+    _, ended = rope.next_text(begun, 3)
+    for after, wanted in ((framed, whole), (read, ended)):
+        for (name, got), (_, moved), (_, stayed) in zip(after.named(), wanted.named(), begun.named(), strict=True):
+            assert torch.equal(got[there].nan_to_num(-7), moved[there].nan_to_num(-7)), name
+            assert torch.equal(got[~there].nan_to_num(-7), stayed[~there].nan_to_num(-7)), name
+    assert framed.frames.tolist() == [1, 0, 2, 1, 2, 1]
+
+
 def test_frames_after_weeks_are_still_told_apart():
     """Seconds are float64: in float32, times after 40 days are 0.25 s apart."""
     memory = Memory.empty(CONFIG)

@@ -1,4 +1,4 @@
-"""The one door to the ops: `rms_norm`, `linear`, `rotate`, `attend`, `gated_delta`.
+"""The one door to the ops: `place` (and `angles`), `rms_norm`, `linear`, `attend_patches`, `attend`, `gated_delta`.
 
 Keywords only, state in and state out. Which implementation runs is decided per call by `choose`, a rule over the
 tensors' device and dtype and over what is asked; it can be pinned, and `infinitevl doctor` prints it. There is no
@@ -15,20 +15,21 @@ import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from infinitevl.memory import Delta, Window
 from infinitevl.ops import reference
-from infinitevl.ops.where import DeltaWeights, Projected, Where
+from infinitevl.ops.where import DeltaWeights, Placed, Projected, Where, Windows
 
-OPS = ("rms_norm", "linear", "rotate", "attend", "gated_delta")
+OPS = ("place", "rms_norm", "linear", "attend_patches", "attend", "gated_delta")
 IMPLEMENTATIONS = {op: ("reference", "triton") for op in OPS} | {
     "gated_delta": ("reference", "recurrent", "fla", "triton")
 }
 HALF = (torch.bfloat16, torch.float16)
+SMALLEST = 32  # channels of a delta head below which the kernels were found wrong on an H200 (16, with triton 3.6)
 
 _pins: ContextVar[dict[str, str] | None] = ContextVar("pinned ops", default=None)
 
@@ -46,8 +47,18 @@ def _pinned(op: str) -> str | None:
     return (_pins.get() or {}).get(op)
 
 
-def choose(op: str, device: torch.device, dtype: torch.dtype, gradient: bool = False, segments: bool = False) -> Choice:
-    """Which implementation of `op` runs for tensors on `device`, with or without a gradient or packed segments."""
+def choose(
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    gradient: bool = False,
+    segments: bool = False,
+    channels: int = SMALLEST,
+) -> Choice:
+    """Which implementation of `op` runs for tensors on `device`, with or without a gradient or packed segments.
+
+    channels: the fewest that a delta head has as key or value.
+    """
     pinned = _pinned(op)
     if pinned:
         return Choice(pinned, "pinned")
@@ -57,8 +68,10 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, gradient: bool = F
         return Choice("reference", "plain torch: the kernels have no backward")
     if segments:
         return Choice("reference", "plain torch: packed segments")
-    if dtype not in HALF:
+    if dtype not in HALF and op != "place":
         return Choice("reference", f"plain torch: the kernels are for 16-bit models, this is {dtype}")
+    if channels < SMALLEST:
+        return Choice("reference", f"plain torch: delta heads of {channels} channels, the kernels want {SMALLEST}")
     if importlib.util.find_spec("triton") is None:
         return Choice("reference", "plain torch: triton is not installed")
     return Choice("triton", "CUDA, 16 bit, no gradient")
@@ -111,13 +124,33 @@ def linear(
     return run(x=x, weight=weight, bias=bias, norm=norm, gated=gated, onto=onto)
 
 
-def rotate(*, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding; see `reference.rotate`. `x` is consumed."""
-    if choose("rotate", x.device, x.dtype, _asks_gradient(x)).name == "triton":
-        from infinitevl.ops.triton.linear import rotate as run
+def angles(*, positions: Tensor, frequency: Tensor, sections: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of multimodal RoPE; see `reference.angles`."""
+    run = _where(positions).angles
+    return run(positions=positions, frequency=frequency, sections=sections)
+
+
+def place(*, positions: Tensor, seen: Tensor, clock: Tensor, held: Tensor, sinks: int) -> Placed:
+    """Indices and slots of a chunk; see `reference.place`."""
+    return _where(positions).place(positions=positions, seen=seen, clock=clock, held=held, sinks=sinks)
+
+
+def _where(positions: Tensor) -> Any:
+    """Where `angles` and `place` come from."""
+    if choose("place", positions.device, torch.int64).name == "triton":
+        from infinitevl.ops.triton import place as module
+
+        return module
+    return reference
+
+
+def attend_patches(*, qkv: Tensor, cos: Tensor, sin: Tensor, windows: Windows | None, width: int) -> Tensor:
+    """Rotary attention of patches within their windows or their frame; see `reference.attend_patches`."""
+    if choose("attend_patches", qkv.device, qkv.dtype, _asks_gradient(qkv)).name == "triton":
+        from infinitevl.ops.triton.vision import attend_patches as run
     else:
-        run = reference.rotate
-    return run(x=x, cos=cos, sin=sin)
+        run = reference.attend_patches
+    return run(qkv=qkv, cos=cos, sin=sin, windows=windows, width=width)
 
 
 def attend(
@@ -136,11 +169,12 @@ def gated_delta(*, projected: Projected, weights: DeltaWeights, where: Where, st
     """Convolution, gates, the gated delta rule and the gated norm; see `reference.gated_delta`."""
     q = projected.q
     tensors = (*projected, *weights[:-1], *state)
-    name = choose("gated_delta", q.device, q.dtype, _asks_gradient(*tensors), where.segment is not None).name
+    gradient, channels = _asks_gradient(*tensors), min(state.state.shape[2:])
+    name = choose("gated_delta", q.device, q.dtype, gradient, where.segment is not None, channels).name
     if name == "triton":
-        from infinitevl.ops.triton.delta import gated_delta as run
+        from infinitevl.ops.triton.delta import delta_mixer
 
-        return run(projected=projected, weights=weights, where=where, state=state)
+        return delta_mixer(projected=projected, weights=weights, where=where, state=state)
     if name == "fla":
         from infinitevl.ops.fla import delta_rule as rule
     else:

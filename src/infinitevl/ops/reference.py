@@ -13,7 +13,7 @@ from torch import Tensor
 
 from infinitevl import memory
 from infinitevl.memory import Delta, Window
-from infinitevl.ops.where import DeltaWeights, Projected, Where
+from infinitevl.ops.where import DeltaWeights, Placed, Projected, Where, Windows
 
 QUERY_BLOCK = 1024  # queries per mask: a T x T mask would be 1 GiB at 32,768 tokens
 CHUNK = 64  # tokens solved at once by the chunked delta rule
@@ -46,6 +46,25 @@ def linear(
         gate, up = y.chunk(2, dim=-1)
         y = F.silu(gate) * up
     return y if onto is None else onto + y
+
+
+def angles(*, positions: Tensor, frequency: Tensor, sections: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    """Cosine and sine float32 [B, T, hd] of mRoPE positions [3, B, T]: each range of the hd / 2 frequencies (float64)
+    follows time, row or column. The phase is float64: float32 is off by 0.02 rad at position 1e6."""
+    parts = zip(positions.double()[..., None], frequency.split(list(sections)), strict=True)
+    half = torch.cat([axis * part for axis, part in parts], dim=-1)
+    phase = torch.cat([half, half], dim=-1)
+    return phase.cos().float(), phase.sin().float()
+
+
+def place(*, positions: Tensor, seen: Tensor, clock: Tensor, held: Tensor, sinks: int) -> Placed:
+    """Where a chunk of positions [3, B, T], all of whose tokens are there, stands after `seen` [B] tokens, and what the
+    ring's index `held` [B, W] and the clock [B] are after it."""
+    length = positions.shape[2]
+    index = seen[:, None] + torch.arange(length, device=seen.device)
+    target = memory.target_slots(index, held, sinks)
+    clock = torch.maximum(clock, positions.amax((0, 2)) + 1)
+    return Placed(index, target, memory.write(held, target, index), seen + length, clock)
 
 
 def rotate(*, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -126,6 +145,40 @@ def attend_window(
         k_segment=where.segment,
     )
     return out, state
+
+
+def attend_patches(*, qkv: Tensor, cos: Tensor, sin: Tensor, windows: Windows | None, width: int) -> Tensor:
+    """Patches of a frame attend to those of their window, or (None) to all: qkv [F, P, 3, H, hd], q and k not rotated
+    -> [F, P, width]: H * hd channels and, where `width` is more, a 1 and zeros. cos, sin float32 [1, P, hd]."""
+    q, k, v = qkv.unbind(2)
+    return padded(attend_rotated(rotate(x=q, cos=cos, sin=sin), rotate(x=k, cos=cos, sin=sin), v, windows), width)
+
+
+def padded(x: Tensor, width: int) -> Tensor:
+    """[F, P, H, hd] -> [F, P, width] as `attend_patches` returns it."""
+    x = x.flatten(2)
+    more = width - x.shape[-1]
+    return x if not more else torch.cat([x, x.new_ones(*x.shape[:2], 1), x.new_zeros(*x.shape[:2], more - 1)], dim=-1)
+
+
+def attend_rotated(q: Tensor, k: Tensor, v: Tensor, windows: Windows | None) -> Tensor:
+    """`attend_patches` once q and k are rotated: [F, P, H, hd] each."""
+    if windows is None:
+        return _softmax(q, k, v, None)
+    frames, count = q.shape[0], windows.place.shape[0]
+    if windows.there is None:
+        q, k, v = (x.unflatten(1, (count, -1)).flatten(0, 1) for x in (q, k, v))
+        return _softmax(q, k, v, None).unflatten(0, (frames, count)).flatten(1, 2)
+    q, k, v = (x[:, windows.place].flatten(0, 1) for x in (q, k, v))
+    mask = windows.there[:, None, None, :].repeat(frames, 1, 1, 1)
+    out = _softmax(q, k, v, mask).unflatten(0, (frames, count))
+    return out.flatten(1, 2)[:, windows.there.flatten()]
+
+
+def _softmax(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """[N, P, H, hd] each -> [N, P, H, hd]."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
 
 def delta_rule_recurrent(

@@ -29,6 +29,27 @@ class Where(NamedTuple):
     target: Tensor | None = None
 
 
+class Placed(NamedTuple):
+    """A chunk's place in a memory: index and target [B, T] as in `Where`; held [B, W], seen and clock [B] after it."""
+
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index
+    target: Tensor
+    held: Tensor
+    seen: Tensor
+    clock: Tensor
+
+
+class Windows(NamedTuple):
+    """The windows of a frame whose patches are in window order.
+
+    place [windows, largest]: the place of each patch of each window, its first one repeated where a window is small;
+    there (bool, likewise) tells them apart, None when all windows are of one size.
+    """
+
+    place: Tensor
+    there: Tensor | None
+
+
 class Projected(NamedTuple):
     """A delta mixer's projections of a chunk: q, k [B, T, H * K], v and gate [B, T, H * V], a and b [B, T, H]."""
 

@@ -16,10 +16,13 @@ if not GPU:
 
 from infinitevl.ops import reference  # noqa: E402
 from infinitevl.ops.triton import linear as kernels  # noqa: E402
+from infinitevl.ops.triton import vision  # noqa: E402
+from infinitevl.ops.where import Windows  # noqa: E402
 
 DEVICE = "cuda" if GPU else "cpu"
 DTYPES = [torch.float32, torch.bfloat16 if GPU else torch.float16]  # the interpreter multiplies no bfloat16
-SIZES = [(1, 40, 24), (3, 300, 70), (16, 256, 33)] + ([(16, 2048, 12320), (7, 11008, 2048)] if GPU else [])
+SIZES = [(1, 40, 24), (1, 1300, 33), (17, 256, 40)]
+SIZES += [(1, 2048, 12320), (1, 11008, 2048), (16, 2048, 2560)] if GPU else []
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +41,7 @@ def random(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def assert_near(got: Tensor, right: Tensor, dtype: torch.dtype) -> None:
-    """`right` is float64. Up to seven roundings of half a unit each lie between (norm, product, gate, sum): four units."""
+    """`right` is float64. Up to seven roundings of half a unit each lie between (norm, product, gate, sum)."""
     scale = max(1.0, float(right.abs().max()))
     bound = scale * {torch.float32: 1e-5, torch.float16: 2**-9, torch.bfloat16: 2**-6}[dtype]
     assert torch.isfinite(got).all() and (got.double() - right).abs().max() <= bound
@@ -85,7 +88,7 @@ def test_rotate_in_place(rows, heads, size, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("gated, normed, biased, summed", itertools.product([False, True], repeat=4))
-@pytest.mark.parametrize("rows, size, channels", [*SIZES, (17, 256, 40)])
+@pytest.mark.parametrize("rows, size, channels", SIZES)
 def test_linear(rows, size, channels, gated, normed, biased, summed, dtype):
     x, weight = random(rows, size, dtype=dtype), random(channels * (2 if gated else 1), size, dtype=dtype) * size**-0.5
     bias = random(len(weight), dtype=dtype) if biased else None
@@ -101,3 +104,17 @@ def test_linear(rows, size, channels, gated, normed, biased, summed, dtype):
     if summed:
         assert got.data_ptr() == onto.data_ptr()
     assert_near(got[0], right, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("more", [0, 1, 24])
+@pytest.mark.parametrize("frames, patches, size, span", [(2, 128, 80, 64), (1, 48, 16, 16), (1, 192, 32, 96)])
+def test_attention_of_windows_of_one_size(frames, patches, size, span, more, dtype):
+    qkv = random(frames, patches, 3, 2, size, dtype=dtype)
+    phase = torch.randn(1, patches, size // 2, dtype=torch.float64).repeat(1, 1, 2).to(DEVICE)
+    place = torch.arange(patches, device=DEVICE).view(-1, span)
+    given = {"cos": phase.cos(), "sin": phase.sin(), "windows": Windows(place, None), "width": 2 * size + more}
+    right = reference.attend_patches(qkv=qkv.double(), **given)
+    got = vision.attend_patches(qkv=qkv, **(given | {"cos": phase.cos().float(), "sin": phase.sin().float()}))
+    assert got.is_contiguous()
+    assert_near(got, right, dtype)
