@@ -1,8 +1,8 @@
 """Recorded steps on CUDA at full size: equal to the eager ones to the bit, as near to the truth as the reference is.
 
-Two orders of summing bfloat16 products differ by their rounding, 2^-9 of a value each, and a network of 36 blocks makes
-more of it. How much is measured, not guessed: plain PyTorch in bfloat16 is some way from float32, and the kernels may be
-twice as far. A wrong slot, mask, decay or clock is many times that, and grows from frame to frame.
+Two orders of summing bfloat16 products differ by their rounding, 2^-9 of a value each, and a network of 36 blocks
+makes more of it. How much is measured, not guessed: plain PyTorch in bfloat16 is some way from float32, and the kernels
+may be twice as far. A wrong slot, mask, decay or clock is many times that, and grows from frame to frame.
 """
 
 from __future__ import annotations
