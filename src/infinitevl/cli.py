@@ -46,6 +46,11 @@ class Precision(StrEnum):
     bfloat16 = "bfloat16"
 
 
+class Init(StrEnum):
+    reference = "reference"
+    teacher = "teacher"
+
+
 ModelName = Annotated[str, typer.Option("--model", help="A checkpoint: tiny (comes along), a folder or a hub id.")]
 Rate = Annotated[float | None, typer.Option("--fps", help="Frames a second to look at (default: the checkpoint's).")]
 AtMost = Annotated[int, typer.Option("--at-most", min=1, help="Tokens of an answer, at most.")]
@@ -194,6 +199,32 @@ def synth(
         print(f"{out}: {frames} s at {fps} frames a second; {asked}")
 
 
+@app.command(epilog=EXITS)
+def convert(
+    teacher: Annotated[str, typer.Argument(metavar="TEACHER", help="A Qwen2.5-VL: a folder or a hub id.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make; one that is there is refused.")],
+    layers: Annotated[
+        str | None,
+        typer.Option(help="Layers that stay softmax, such as 0,4,8, or none (default: every fourth from 0)."),
+    ] = None,
+    init: Annotated[
+        Init, typer.Option(help="Start q, k, v, o of the delta layers at random, or from the teacher's.")
+    ] = Init.reference,
+    window: Annotated[int, typer.Option(min=1, help="Tokens that the softmax layers see.")] = 8192,
+    seed: Annotated[int, typer.Option(help="Of what is drawn at random.")] = 0,
+    debug: Debug = False,
+) -> None:
+    """Make an untrained InfiniteVL of a Qwen2.5-VL: most softmax layers give way to delta layers, the rest is kept.
+
+    OUT/conversion.json lists every tensor: copied, derived or new.
+    """
+    with _one_line(debug):
+        from infinitevl.train import convert as conversion
+
+        kind = conversion.Init(init.value)
+        print(conversion.convert(teacher, out, layers=_numbers(layers), init=kind, window=window, seed=seed).summary())
+
+
 @evaluations.command(epilog=EXITS)
 def heldout(
     model: ModelName = "tiny",
@@ -241,6 +272,18 @@ def _place(device: str | None, dtype: Precision | None) -> tuple[str, torch.dtyp
     return name, None if dtype is None else getattr(torch, dtype)
 
 
+def _numbers(words: str | None) -> list[int] | None:
+    """The layers of --layers: numbers with commas between, or "none"."""
+    from infinitevl.watch import InputError
+
+    if words is None:
+        return None
+    try:
+        return [] if words == "none" else [int(word) for word in words.split(",")]
+    except ValueError:
+        raise InputError(f"--layers {words!r}: give numbers with commas between, such as 0,4,8, or none") from None
+
+
 # Errors
 
 
@@ -269,12 +312,13 @@ def _code(error: Exception) -> int:
     from infinitevl.config import ConfigError
     from infinitevl.memory import MemoryFileError
     from infinitevl.report import ReportError
+    from infinitevl.train.convert import ConvertError
     from infinitevl.video import VideoError
     from infinitevl.watch import InputError
     from infinitevl.weights import CheckpointError
 
     kinds: dict[Any, int] = {
-        (VideoError, InputError, ReportError, OSError, ImportError): BAD_INPUT,
+        (VideoError, InputError, ReportError, ConvertError, OSError, ImportError): BAD_INPUT,
         (CheckpointError, ConfigError): BAD_CHECKPOINT,
         (MemoryFileError,): BAD_MEMORY,
     }
