@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "generate": STREAM,
     "stream": STREAM,
     "synth": BASE,
-    "train": TASKS,
+    "train": TASKS | {"synth"},
     "eval": TASKS | {"__init__", "synth"},
     "hf": STREAM,
     "serve": TASKS,
