@@ -10,16 +10,15 @@ from typing import Any
 import torch
 
 from infinitevl import weights
-from infinitevl.config import ModelConfig
 from infinitevl.model import Model
-from infinitevl.processor import Processor
 from infinitevl.train import checkpoint, grad_check, lora, parallel
 from infinitevl.train.checkpoint import ResumeError
-from infinitevl.train.data import DataError, Feed, Source
+from infinitevl.train.data import Feed
 from infinitevl.train.log import Log, Tell, flops_per_token, peak, spelled
 from infinitevl.train.masters import Masters
 from infinitevl.train.parallel import World
 from infinitevl.train.recipes import Recipe, RecipeError
+from infinitevl.train.sources import open_source
 from infinitevl.train.stages import Stage
 
 # what a resumed run may do otherwise: none of it changes a number that is trained
@@ -174,19 +173,6 @@ def _spread(model: Model, recipe: Recipe, world: World) -> None:
     if recipe.compile:
         for block in model.blocks:
             block.compile(dynamic=False)
-
-
-def open_source(recipe: Recipe, processor: Processor, config: ModelConfig) -> Source:
-    """The source that a recipe's `data` names. Called once in every process that makes data."""
-    if recipe.data != "synth":
-        from infinitevl.train.conversations import open_files
-
-        return open_files(recipe, processor, config)
-    try:
-        from infinitevl.train.synthetic import Synthetic
-    except ImportError as error:
-        raise DataError(f"data=synth needs {error.name}: pip install 'infinitevl[synth]'") from None
-    return Synthetic(processor, config, recipe)
 
 
 def _about(recipe: Recipe, student: Model) -> dict[str, Any]:
