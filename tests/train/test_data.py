@@ -1,4 +1,4 @@
-"""Data: what a conversation becomes, how rows are packed, what is skipped and named, and that order survives a resume."""
+"""Data: what a conversation becomes, how rows are packed, what is skipped and named, and that order lasts."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from PIL import Image
 
 from infinitevl import rope, weights
 from infinitevl.processor import Processor
-from infinitevl.train.sources import open_source
 from infinitevl.train.conversations import Reader, pieces
 from infinitevl.train.data import BrokenSample, DataError, Feed, Order, Rows, Sample, packed, parts
 from infinitevl.train.forward import embedded, head_weight, place, through
 from infinitevl.train.losses import IGNORED, cross_entropy
 from infinitevl.train.recipes import Recipe
+from infinitevl.train.sources import open_source
 from infinitevl.video import Frame
 
 from .conftest import LAYERS, WINDOW, record, toy

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from infinitevl import weights
@@ -61,7 +63,7 @@ def begin(recipe: Recipe, stage: Stage, out: Path, resume: bool, world: World, t
     """The run of a recipe at its first step, or where its newest checkpoint stands."""
     _check(recipe, stage, world)
     found = _found(out, resume)
-    torch.manual_seed(recipe.seed)
+    _seed(recipe.seed)
     student, teacher = _models(recipe, stage, world)
     about = _about(recipe, student)
     if found is not None:
@@ -94,6 +96,13 @@ def begin(recipe: Recipe, stage: Stage, out: Path, resume: bool, world: World, t
     for line in told:
         log.say(line)
     return Run(recipe, stage, world, out, student, teacher, masters, feed, log, about, list(positions), step, counts)
+
+
+def _seed(seed: int) -> None:
+    """Every source of random numbers from one seed; a resumed run then sets them to where they were."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 # What is refused

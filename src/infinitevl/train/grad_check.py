@@ -5,6 +5,8 @@ A miscompiled backward (FLA's on Hopper with triton from 3.4 to before 3.7.1) tr
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,7 +33,7 @@ def guard(text: TextConfig, device: torch.device, dtype: torch.dtype) -> None:
     if choice.name == "fla":
         raise GradientError("the delta rule's backward would be FLA's, wrong on Hopper before triton 3.7.1: unpin it")
     found = errors(device, TOKENS, 2, text.delta_key_dim, text.delta_value_dim, dtype)
-    worst = max(found, key=lambda name: found[name])
+    worst = max(found, key=lambda name: math.inf if math.isnan(found[name]) else found[name])
     if not found[worst] <= LIMITS[dtype]:
         raise GradientError(
             f"the delta rule's gradient in {worst} by {choice.name!r} is off by {found[worst]:.2g} of its size on "

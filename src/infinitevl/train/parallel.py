@@ -37,7 +37,10 @@ class World(NamedTuple):
 
 @contextmanager
 def world(device: str) -> Iterator[World]:
-    """The processes that torchrun started, or this one alone; device "cuda", "cpu", or empty for what there is."""
+    """The processes that torchrun started, or this one alone; device "cuda", "cpu", or empty for what there is.
+
+    A process group that is there already is used, and left.
+    """
     rank, size, local = (
         int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
     )
@@ -45,14 +48,14 @@ def world(device: str) -> Iterator[World]:
     where = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
     if where.type == "cuda":
         torch.cuda.set_device(where)
-    if size == 1:
-        yield World(0, 1, where)
-        return
-    dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
+    begun = size > 1 and not dist.is_initialized()
+    if begun:
+        dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
     try:
         yield World(rank, size, where)
     finally:
-        dist.destroy_process_group()
+        if begun:
+            dist.destroy_process_group()
 
 
 def shard(model: Model, world: World) -> None:
