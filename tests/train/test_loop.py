@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +22,15 @@ import torch
 import infinitevl
 from infinitevl import weights
 from infinitevl.train import checkpoint
+from infinitevl.train.begin import prepared
 from infinitevl.train.checkpoint import ResumeError
-from infinitevl.train.data import DataError
+from infinitevl.train.data import DataError, Feed, parts
 from infinitevl.train.loop import DivergedError, train
 from infinitevl.train.losses import Loss
 from infinitevl.train.masters import Masters, rate_at
 from infinitevl.train.parallel import World
 from infinitevl.train.recipes import Recipe, RecipeError
+from infinitevl.train.sources import open_source
 from infinitevl.train.stages import STAGES, Stage
 from infinitevl.weights import load
 
@@ -207,6 +210,22 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(
     assert [step for step, _ in itertools.groupby(map(tuple, held))] == [(1,), (1, 2), (2,)]
 
 
+def test_a_compact_state_is_small_and_near(toy_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bfloat16 in parts of a limit, from which a run goes on almost as if it had not stopped."""
+    monkeypatch.setattr(checkpoint, "SMALL_PART_BYTES", 20_000)
+    whole, small = (toy_recipe("stage2_instruct", steps=6, save_every=3, compact=compact) for compact in (False, True))
+    train(whole, tmp_path / "whole", tell=quiet)
+    last = train(small, tmp_path / "small", tell=quiet).checkpoint
+    files = list(last.glob("state-*.safetensors"))
+    assert len(files) > 3 and all(path.stat().st_size < 20_000 + 5_000 for path in files)
+    full = (tmp_path / "whole" / last.name / "state-00001.safetensors").stat().st_size
+    assert sum(path.stat().st_size for path in files) < 0.6 * full
+    shutil.rmtree(last)
+    train(small, tmp_path / "small", resume=True, tell=quiet)
+    one, other = losses_of(tmp_path / "small"), losses_of(tmp_path / "whole")
+    assert one[:3] == other[:3] and one != other and one == pytest.approx(other, rel=1e-2)
+
+
 def test_only_the_newest_checkpoints_stay(toy_recipe: Make, tmp_path: Path) -> None:
     outcome = train(toy_recipe("stage1_layers", steps=5, save_every=1, keep=2), tmp_path, tell=quiet)
     assert [step for step, _ in checkpoint.checkpoints(tmp_path)] == [4, 5]
@@ -253,7 +272,7 @@ def test_a_skipped_step_changes_nothing(toy_recipe: Make, tmp_path: Path) -> Non
     recipe = toy_recipe("stage2_instruct", steps=2, micro=4, save_every=1)
     train(recipe, tmp_path, tell=quiet, stage=poisoned("stage2_instruct", {2}, "gradient"))
     one, two = (path for _, path in checkpoint.checkpoints(tmp_path))
-    assert files_of(one)["state.safetensors"] == files_of(two)["state.safetensors"]
+    assert files_of(one)["state-00001.safetensors"] == files_of(two)["state-00001.safetensors"]
     assert files_of(one)["model/model.safetensors"] == files_of(two)["model/model.safetensors"]
 
 
@@ -346,6 +365,28 @@ def test_the_gradient_is_a_mean_over_tokens_for_any_accumulation(toy_recipe: Mak
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["norm"] == pytest.approx(b["norm"], rel=1e-4)
 
 
+@pytest.mark.parametrize("stage", ["stage1_layers", "stage2_instruct"])
+def test_loss_and_gradient_are_means_over_what_the_loss_is_about(
+    stage: str, toy_recipe: Make, checkpoints: dict[str, str], tmp_path: Path
+) -> None:
+    """The first line of the log by hand: of layers and real tokens, or of the words of answers, over all parts."""
+    recipe = toy_recipe(stage, steps=1)
+    train(recipe, tmp_path, tell=quiet)
+    student, teacher = load(checkpoints["student"]), load(checkpoints["teacher"])
+    names = prepared(student, STAGES[stage], recipe)
+    feed = Feed(partial(open_source, recipe, student.processor, student.config), recipe, range(4), [0] * 4)
+    totals, tokens = [], 0
+    for part in itertools.islice(parts(feed, torch.device("cpu")), 2):
+        learned = {"stage1_layers": 2 * part.batch.real.sum(), "stage2_instruct": (part.batch.labels >= 0).sum()}
+        tokens += int(learned[stage])
+        totals += [loss.total for loss in STAGES[stage].loss(student, teacher, part.batch, recipe)]
+    mean = torch.stack(totals).sum() / tokens
+    slopes = torch.autograd.grad(mean, [dict(student.named_parameters())[name] for name in names])
+    (line,) = log_of(tmp_path)
+    assert line["loss"] == pytest.approx(mean.item(), rel=1e-5)
+    assert line["norm"] == pytest.approx(float(torch.nn.utils.get_total_norm(slopes)), rel=1e-4)
+
+
 def test_a_step_is_adamw_with_clipping(toy_recipe: Make, checkpoints: dict[str, str]) -> None:
     """Against torch's own AdamW on the whole, clipped by torch's own."""
     recipe = toy_recipe("stage2_instruct", clip=0.5, weight_decay=0.0)
@@ -372,7 +413,7 @@ def test_bfloat16_weights_follow_float32_masters(toy_recipe: Make, tmp_path: Pat
     """Steps too small for bfloat16 still add up, and A_log and dt_bias stay float32."""
     recipe = toy_recipe("stage1_layers", steps=4, dtype="bfloat16", lr=1e-5)
     outcome = train(recipe, tmp_path, tell=quiet)
-    state = checkpoint.load_file(outcome.checkpoint / "state.safetensors")
+    state = checkpoint.load_file(outcome.checkpoint / "state-00001.safetensors")
     model, before = (load(where, dtype=torch.float32) for where in (outcome.checkpoint / "model", recipe.student))
     name = "blocks.1.mixer.q.weight"
     master, live = state[f"master.{name}"], dict(model.named_parameters())[name]

@@ -128,4 +128,4 @@ def test_two_processes_equal_one(made: Callable, toy_recipe: Callable[..., Recip
     shutil.rmtree(newest[1][1])
     train(recipes["all"], runs.two / "all", resume=True, tell=lambda line: None)
     assert_same(runs.one / "all", runs.two / "all", 1e-5)
-    assert (checkpoint.checkpoints(runs.two / "all")[-1][1] / "state.safetensors").is_file()
+    assert (checkpoint.checkpoints(runs.two / "all")[-1][1] / "state-00001.safetensors").is_file()

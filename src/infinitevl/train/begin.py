@@ -24,7 +24,7 @@ from infinitevl.train.sources import open_source
 from infinitevl.train.stages import Stage
 
 # what a resumed run may do otherwise: none of it changes a number that is trained
-FREE = ("log_every", "save_every", "keep", "workers", "tensorboard", "patience", "device")
+FREE = ("log_every", "save_every", "keep", "compact", "workers", "tensorboard", "patience", "device")
 
 
 @dataclass

@@ -28,7 +28,8 @@ from infinitevl.train.parallel import World
 from infinitevl.train.recipes import Recipe
 
 FORMAT = 1
-STATE, TENSORS, SHARDED, RANDOM = "state.json", "state.safetensors", "state", "random.pt"
+STATE, SHARDED, RANDOM = "state.json", "state", "random.pt"
+PART_BYTES, SMALL_PART_BYTES = 4 << 30, 15 << 20
 
 
 class ResumeError(ValueError):
@@ -57,9 +58,9 @@ def save(
     about: dict[str, Any],
     write_model: Callable[[Path], None],
     world: World,
-    keep: int,
+    recipe: Recipe,
 ) -> Path:
-    """Write one checkpoint and remove all but the `keep` newest. Every process calls it.
+    """Write one checkpoint and remove all but the recipe's newest. Every process calls it.
 
     tensors: of `Masters.state`; about: plain data; write_model(folder): called by every process, the first one writes.
     """
@@ -73,16 +74,29 @@ def save(
     if world.size > 1:
         dcp.save(tensors, checkpoint_id=aside / SHARDED)
     else:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, aside / TENSORS)
+        _write_state(tensors, aside, recipe.compact)
     if world.first:
         torch.save(_random(), aside / RANDOM)
         (aside / STATE).write_text(json.dumps({"format": FORMAT, "step": step, **about}, indent=1) + "\n")
         _sync(aside)
         shutil.rmtree(place, ignore_errors=True)
         os.replace(aside, place)
-        prune(out, keep)
+        prune(out, recipe.keep)
     parallel.wait(world)
     return place
+
+
+def _write_state(tensors: dict[str, Tensor], folder: Path, compact: bool) -> None:
+    """state-00001.safetensors and so on; compact: in bfloat16 and small parts, for places that take no large files."""
+    held = {name: tensor.to(torch.bfloat16 if compact else tensor.dtype).cpu() for name, tensor in tensors.items()}
+    limit = SMALL_PART_BYTES if compact else PART_BYTES
+    parts: list[dict[str, Tensor]] = [{}]
+    for name, tensor in held.items():
+        if parts[-1] and tensor.nbytes + sum(each.nbytes for each in parts[-1].values()) > limit:
+            parts.append({})
+        parts[-1][name] = tensor.contiguous()
+    for number, part in enumerate(parts, 1):
+        save_file(part, folder / f"state-{number:05d}.safetensors")
 
 
 def prune(out: Path, keep: int) -> None:
@@ -171,7 +185,7 @@ def load(path: Path, tensors: dict[str, Tensor], world: World) -> None:
     if (path / SHARDED).is_dir():
         dcp.load(tensors, checkpoint_id=path / SHARDED, no_dist=world.size == 1)
         return
-    found = load_file(path / TENSORS)
+    found = {name: tensor for part in path.glob("state-*.safetensors") for name, tensor in load_file(part).items()}
     if set(found) != set(tensors):
         odd = sorted(set(found) ^ set(tensors))
         raise ResumeError(f"{path}: its state is of other parameters: {', '.join(odd[:4])}")

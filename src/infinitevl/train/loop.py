@@ -152,7 +152,7 @@ def _save(run: Run) -> Path:
     def write_model(folder: Path) -> None:
         checkpoint.write_model(run.student, run.recipe, folder, run.world, history)
 
-    return checkpoint.save(run.out, run.step, run.masters.state(), state, write_model, run.world, run.recipe.keep)
+    return checkpoint.save(run.out, run.step, run.masters.state(), state, write_model, run.world, run.recipe)
 
 
 @contextmanager

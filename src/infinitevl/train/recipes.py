@@ -68,6 +68,7 @@ class Recipe:
     log_every: int = 10  # steps between two lines of the log
     save_every: int = 500
     keep: int = 3  # newest checkpoints that stay
+    compact: bool = False  # state in bfloat16, in files below 16 MiB: a resume is then near and not to the bit
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
