@@ -18,10 +18,10 @@ import torch
 from PIL import Image
 
 from infinitevl import rope, weights
-from infinitevl.processor import Processor
+from infinitevl.processor import Processor, patchify
 from infinitevl.train.conversations import Reader, pieces
 from infinitevl.train.data import BrokenSample, DataError, Feed, Order, Rows, Sample, packed, parts
-from infinitevl.train.forward import embedded, head_weight, place, through
+from infinitevl.train.forward import embedded, head_weight, place, through, visual_tokens
 from infinitevl.train.losses import IGNORED, cross_entropy
 from infinitevl.train.recipes import Recipe
 from infinitevl.train.sources import open_source
@@ -316,6 +316,30 @@ def test_parts_are_the_same_for_any_processes_workers_and_start(processor: Proce
         assert torch.equal(part.batch.ids, right.batch.ids) and part.after == right.after
 
 
+def test_a_workers_refusal_is_one_line(processor: Processor, toy_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._utils import ExceptionWrapper
+
+    from infinitevl.train import data
+
+    class Loader:
+        """What torch's loader does with an exception of a worker."""
+
+        def __init__(self, *given: object, **more: object) -> None: ...
+
+        def __iter__(self):  # noqa: ANN204
+            try:
+                raise DataError("nothing: of use")
+            except DataError:
+                wrapped = ExceptionWrapper(where="in DataLoader worker process 0")
+            wrapped.reraise()
+            yield
+
+    monkeypatch.setattr(data, "DataLoader", Loader)
+    with pytest.raises(DataError) as error:
+        next(parts(feed_of(toy_recipe("stage2_instruct"), processor, range(4), [0] * 4), torch.device("cpu")))
+    assert str(error.value) == "nothing: of use"
+
+
 def test_a_worker_process_gives_the_same(processor: Processor, toy_recipe: Make) -> None:
     recipe = toy_recipe("stage2_instruct", workers=1, micro=1)
     right = list(islice(parts(feed_of(recipe, processor, range(2), [0] * 4), torch.device("cpu")), 5))
@@ -356,6 +380,22 @@ def test_packing_equals_separate_sequences(
         at = part.stop
     assert torch.allclose(cross_entropy(hidden, head_weight(model), together.labels).total, total, rtol=1e-5)
     assert together.real.sum() == sum(len(each.ids) for each in samples)
+
+
+@torch.no_grad()
+def test_pictures_seen_together_keep_their_places(checkpoints: dict[str, str], reader: Reader) -> None:
+    """They are looked at in groups of one size; each one's tokens go where it stands in the words."""
+    model = weights.load(checkpoints["student"])
+    pixels = [torch.randint(256, (1, height, 56, 3), dtype=torch.uint8) for height in (56, 84, 56, 28, 84)]
+    given = [[Image.fromarray(each[0].numpy()) for each in some] for some in (pixels[:3], pixels[3:])]
+    samples = [reader.sample(record("<image>" * len(some) + "?", "a", images=some)) for some in given]
+    batch = packed([samples[:1], samples[1:]], max(len(each.ids) for each in samples))
+    right = []
+    for each in pixels:
+        patches, grid = patchify(each, model.processor.config, pair=False)
+        right.append(model.vision(patches, *grid)[0])
+    assert len(batch.pictures) == 3
+    assert torch.allclose(visual_tokens(model, batch), torch.cat(right), atol=1e-5)
 
 
 # The synthetic world

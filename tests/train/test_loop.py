@@ -105,6 +105,8 @@ def test_resume_drops_the_lines_that_are_made_again(toy_recipe: Make, tmp_path: 
     train(recipe, tmp_path, tell=quiet)
     right = [line["step"] for line in log_of(tmp_path)]
     shutil.rmtree(tmp_path / "step-00000004")  # as if the process was killed after step 4, before it was saved
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')  # and while it wrote its log
     train(recipe, tmp_path, resume=True, tell=quiet)
     assert [line["step"] for line in log_of(tmp_path)] == right == [1, 2, 3, 4]
 

@@ -270,7 +270,7 @@ class Feed(IterableDataset[Part]):
 
 
 def parts(feed: Feed, device: torch.device) -> Iterator[Part]:
-    """The parts of a feed, made ahead by worker processes where the recipe has any."""
+    """The parts of a feed, made ahead by worker processes where the recipe has any. Raises DataError."""
     workers = next(n for n in range(min(feed.recipe.workers, feed.parts), -1, -1) if not n or feed.parts % n == 0)
     loader = DataLoader(
         feed,
@@ -280,10 +280,14 @@ def parts(feed: Feed, device: torch.device) -> Iterator[Part]:
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # or it would draw from the run's own random numbers
         multiprocessing_context="spawn" if workers else None,  # a fork of a process with CUDA or threads may hang
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=2 if workers else None,
         worker_init_fn=_quiet,
     )
-    return iter(loader)
+    try:
+        yield from loader
+    except DataError as error:  # a worker's comes as its whole traceback, of which the last line is the message
+        message = str(error).splitlines()[-1].removeprefix(f"{DataError.__module__}.{DataError.__name__}: ")
+        raise DataError(message) from None
 
 
 def _as_it_is(part: Any) -> Any:

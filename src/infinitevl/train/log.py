@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import re
 import time
 from collections.abc import Callable, Iterable
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from infinitevl.config import DELTA
+from infinitevl.files import written_aside
 from infinitevl.model import Model
 
 # Dense bf16 of the data sheets, FLOP/s, by a part of torch's name for the device.
@@ -66,6 +68,14 @@ def _ranges(numbers: list[int]) -> str:
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
+def _step_of(line: str) -> float:
+    """The step of a line of the log; one that was cut short by a kill belongs to none."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf
+
+
 class Log:
     """OUT/log.jsonl, OUT/tensorboard and the progress line of one process; the others are silent (tell=None)."""
 
@@ -87,8 +97,9 @@ class Log:
     def _forget(self, since: int) -> None:
         """Drop the lines of steps after the one that a resumed run goes on from: they are made again."""
         if self.path.exists():
-            lines = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= since]
-            self.path.write_text("".join(line + "\n" for line in lines))
+            lines = [line for line in self.path.read_text().splitlines() if _step_of(line) <= since]
+            with written_aside(self.path) as aside:
+                aside.write_text("".join(line + "\n" for line in lines))
 
     def say(self, message: str) -> None:
         """A line for people."""

@@ -129,12 +129,12 @@ def stage2_instruct_tiny() -> Recipe:
 
 def stage3_long_tiny() -> Recipe:
     """3, likewise: stories of four times the length, everything in the mixers."""
-    longer = replace(_tiny(stage3_long()), batch=16, micro=4, length=8192, synth_frames=272)
+    longer = replace(_tiny(stage3_long()), batch=16, micro=4, length=6400, synth_frames=272)
     return replace(longer, lr=2e-4, lora_rank=0, save_every=100)
 
 
 def _tiny(recipe: Recipe) -> Recipe:
-    return replace(recipe, data="synth", steps=1000, batch=64, micro=16, length=2048, save_every=250)
+    return replace(recipe, data="synth", steps=1000, batch=64, micro=16, length=1664, save_every=250)
 
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
