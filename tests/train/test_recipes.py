@@ -55,7 +55,9 @@ def test_changes_are_typed_by_their_field() -> None:
         ("stage1_layers", ["steps=0"], "steps must be at least 1, got 0"),
         ("stage1_layers", ["compile=yes"], "compile=yes: it is true or false"),
         ("stage1_layers", ["trains=mixer"], "trains=mixer: it is one of 'deltas', 'mixers', 'mixers+mlp', 'all'"),
-        ("stage1_layers", ["warmup=5"], "warmup is a share of the steps from 0 to 1, got 5.0"),
+        ("stage1_layers", ["warmup=5"], "warmup must be a share from 0 to 1, got 5.0"),
+        ("stage1_layers", ["workers=-1"], "workers must be 0 or more, got -1"),
+        ("stage1_layers", ["beta2=1"], "beta2 must be from 0 to below 1, got 1.0"),
     ],
 )
 def test_refusals(name: str, changes: list[str], said: str) -> None:

@@ -16,6 +16,7 @@ from infinitevl.model import Model
 from infinitevl.processor import Processor
 from infinitevl.train import log, lora
 from infinitevl.train.begin import prepared
+from infinitevl.train.convert import convert
 from infinitevl.train.data import Batch, packed
 from infinitevl.train.forward import embedded, place, through
 from infinitevl.train.loop import train
@@ -181,9 +182,10 @@ def lora_names() -> list[str]:
     return lora.names(model)
 
 
-def test_four_stages_in_a_row(toy_recipe: Make, checkpoints: dict[str, str], tmp_path: Path) -> None:
-    """Each begins from the folder of the run before it, and says so; the last one streams."""
-    student = checkpoints["student"]
+def test_convert_and_four_stages_in_a_row(toy_recipe: Make, checkpoints: dict[str, str], tmp_path: Path) -> None:
+    """Each begins from the folder of the run before it, the first from a converted teacher; the last one streams."""
+    student = str(tmp_path / "converted")
+    convert(checkpoints["teacher"], Path(student), layers=[0, 3], window=WINDOW)
     for number, stage in enumerate(STAGES):
         said: list[str] = []
         train(toy_recipe(stage, steps=1, student=student), tmp_path / stage, tell=said.append)

@@ -14,6 +14,17 @@ class RecipeError(ValueError):
     """A recipe, key or value that cannot be used; one line that names it."""
 
 
+# fields, what their values must fulfil, and that in words
+_LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("steps batch micro length log_every save_every keep patience", lambda value: value >= 1, "at least 1"),
+    ("max_frames synth_frames synth_segment synth_asks lora_alpha", lambda value: value >= 1, "at least 1"),
+    ("lr clip temperature fps max_pixels", lambda value: value > 0, "above 0"),
+    ("workers seed lora_rank weight_decay delta_scale", lambda value: value >= 0, "0 or more"),
+    ("warmup synth_now", lambda value: 0 <= value <= 1, "a share from 0 to 1"),
+    ("beta1 beta2", lambda value: 0 <= value < 1, "from 0 to below 1"),
+)
+
+
 @dataclass(frozen=True)
 class Recipe:
     """One run of one stage. `batch` rows of `length` tokens make a step; a row is packed with whole conversations.
@@ -72,14 +83,10 @@ class Recipe:
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "micro", "length", "log_every", "save_every", "keep", "patience"):
-            if getattr(self, name) < 1:
-                raise RecipeError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("lr", "clip", "temperature", "fps", "lora_alpha"):
-            if not getattr(self, name) > 0:
-                raise RecipeError(f"{name} must be above 0, got {getattr(self, name)}")
-        if not 0 <= self.warmup <= 1:
-            raise RecipeError(f"warmup is a share of the steps from 0 to 1, got {self.warmup}")
+        for names, fits, words in _LIMITS:
+            for name in names.split():
+                if not fits(getattr(self, name)):
+                    raise RecipeError(f"{name} must be {words}, got {getattr(self, name)}")
 
 
 def stage1_layers() -> Recipe:
