@@ -5,7 +5,7 @@ PIP = -m pip --disable-pip-version-check install
 # transformers and what is released with it; everything else stays pinned in .venv-newest
 FREE = ^(transformers|tokenizers|huggingface_hub|hf-xet)==
 
-.PHONY: demo test test-newest soak lint clean
+.PHONY: demo test test-newest test-gpu soak lint clean
 
 demo: .venv/.has-synth
 	.venv/bin/python demo/run.py
@@ -24,6 +24,10 @@ test-newest: .venv-newest/bin/python
 	.venv-newest/bin/python $(PIP) --upgrade -c .venv-newest/constraints.txt 'transformers<6' -e '.[dev]'
 	.venv-newest/bin/python -c 'import transformers; print("transformers", transformers.__version__)'
 	.venv-newest/bin/python -m pytest tests/hf
+
+# Needs a CUDA device; the kernels' tests alone also run in Triton's interpreter, where triton is installed.
+test-gpu: .venv/.has-dev .venv/.has-gpu
+	.venv/bin/python -m pytest tests/gpu -m "gpu or not gpu"
 
 soak: .venv/.has-synth
 	.venv/bin/python experiments/soak/run.py

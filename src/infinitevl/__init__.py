@@ -15,7 +15,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from infinitevl.generate import Sampling
+    from infinitevl.batch import StreamBatch
+    from infinitevl.generate import Sampling, prefill
     from infinitevl.memory import Memory
     from infinitevl.model import Model
     from infinitevl.stream import Answer, Stream, answer, begin, observe
@@ -30,16 +31,19 @@ __all__ = [
     "Model",
     "Sampling",
     "Stream",
+    "StreamBatch",
     "__version__",
     "answer",
     "begin",
     "frames",
     "load",
     "observe",
+    "prefill",
     "save",
 ]
 _HOME = {
-    "generate": ("Sampling",),
+    "batch": ("StreamBatch",),
+    "generate": ("Sampling", "prefill"),
     "memory": ("Memory",),
     "model": ("Model",),
     "stream": ("Answer", "Stream", "answer", "begin", "observe"),

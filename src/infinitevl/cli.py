@@ -122,6 +122,9 @@ def watch(
     at_most: AtMost = 64,
     device: Device = None,
     dtype: Dtype = None,
+    eager: Annotated[
+        bool, typer.Option("--eager", help="On CUDA, do not record steps as graphs: several times slower.")
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -135,14 +138,17 @@ def watch(
         from infinitevl.watch import watch as run
 
         asked = tuple(Question.parse(words) for words in ask or ())
-        settings = Settings(source, asked, interactive, fps, save, resume, report, at_most)
+        settings = Settings(source, asked, interactive, fps, save, resume, report, at_most, eager)
         with display(as_json, interactive) as tell:
             raise typer.Exit(REASONS[run(_load(model, device, dtype), settings, tell).reason])
 
 
 @app.command(epilog=EXITS)
 def ask(
-    words: Annotated[list[str], typer.Argument(metavar="IMAGE_OR_VIDEO... QUESTION", help="Files, then the question.")],
+    words: Annotated[
+        list[str],
+        typer.Argument(metavar="FILE... QUESTION", help="Images, videos, texts (.txt, .md), and then the question."),
+    ],
     model: ModelName = "tiny",
     fps: Rate = None,
     at_most: AtMost = 64,
@@ -151,16 +157,18 @@ def ask(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Answer one question about images and recordings, all of them in one prompt."""
+    """Answer one question about images, recordings and texts, all of them in one prompt; texts come last in it."""
     with _one_line(debug):
         from infinitevl import oneshot
+        from infinitevl.display import progress
         from infinitevl.report import printable
         from infinitevl.watch import InputError
 
         *sources, question = words
         if not sources or not question.strip():
-            raise InputError("give at least one image or video, and then a question")
-        answer, problems = oneshot.ask(_load(model, device, dtype), sources, question, fps, at_most)
+            raise InputError("give at least one image, video or text, and then a question")
+        with progress() as tell:
+            answer, problems = oneshot.ask(_load(model, device, dtype), sources, question, fps, at_most, progress=tell)
         facts = {"question": question, "answer": answer.text, "tokens": answer.tokens, "seconds": answer.seconds}
         print(json.dumps({**facts, "problems": problems}) if as_json else printable(answer.text))
         if problems:
@@ -176,6 +184,36 @@ def doctor(model: ModelName = "tiny", as_json: Json = False, debug: Debug = Fals
         found = doctors.examine(model)
         print(json.dumps(found) if as_json else "\n".join(doctors.lines(found)))
         raise typer.Exit(BAD_CHECKPOINT if found["checkpoint"]["problem"] else 0)
+
+
+@app.command(epilog=EXITS)
+def bench(
+    quick: Annotated[bool, typer.Option("--quick", help="The tiny model, in under a minute.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Sample nothing, whatever time it takes.")] = False,
+    only: Annotated[str | None, typer.Option(help="Parts to run, with commas between (default: all).")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the result to this file as JSON.")] = None,
+    against: Annotated[Path | None, typer.Option(help="Print ratios to an earlier result.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the two figures into this folder.")] = None,
+    device: Device = None,
+    debug: Debug = False,
+) -> None:
+    """Measure speed and memory on this machine, once a gate of correctness is green; the last line is JSON.
+
+    Exit code 1 where the gate is not green (then there are no figures) or a part failed (the others are shown).
+    """
+    with _one_line(debug):
+        from infinitevl import bench as benches
+        from infinitevl.bench.gate import GateError
+        from infinitevl.watch import InputError
+
+        options = benches.Options(quick, full, device, tuple(only.split(",")) if only else ())
+        try:
+            went_well = benches.command(options, out, against, plot)
+        except benches.BenchError as error:
+            raise InputError(str(error)) from error
+        except GateError as error:
+            raise typer.Exit(_refuse(str(error), UNEXPECTED)) from None
+        raise typer.Exit(0 if went_well else UNEXPECTED)
 
 
 @app.command(epilog=EXITS)

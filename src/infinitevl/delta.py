@@ -6,21 +6,13 @@ import math
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from infinitevl import ops
-from infinitevl.attention import Where
 from infinitevl.config import TextConfig
+from infinitevl.layers import Joint, RMSNorm, fan, side_by_side, sum_onto
 from infinitevl.memory import Delta
-
-L2_EPS = 1e-6
-
-
-def l2_normalised(x: Tensor) -> Tensor:
-    """x [..., K] in float32, divided by its length; the epsilon is inside the root."""
-    x = x.float()
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2_EPS)
+from infinitevl.ops.where import DeltaWeights, Projected, Where
 
 
 class DeltaMixer(nn.Module):
@@ -47,6 +39,7 @@ class DeltaMixer(nn.Module):
         self.norm = nn.Parameter(torch.empty(self.value_dim))
         self.A_log = nn.Parameter(torch.empty(self.heads, dtype=torch.float32))
         self.dt_bias = nn.Parameter(torch.empty(self.heads, dtype=torch.float32))
+        self.joint: Joint | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -69,40 +62,26 @@ class DeltaMixer(nn.Module):
                 parameter.data = value.to(parameter.device)
         return self
 
-    def forward(self, hidden: Tensor, where: Where, state: Delta | None) -> tuple[Tensor, Delta | None]:
-        """hidden [B, T, D] -> [B, T, D] and the state after the chunk (None stays None)."""
-        begin = state if state is not None else self._empty(hidden)
-        joined = torch.cat([self.q(hidden), self.k(hidden), self.v(hidden)], dim=-1)
-        joined, tail = ops.causal_conv(
-            x=joined,
-            weight=torch.cat([self.q_conv, self.k_conv, self.v_conv]),
-            tail=begin.tail,
-            present=where.present,
-            segment=where.segment,
-        )
-        keys, values = self.heads * self.key_dim, self.heads * self.value_dim
-        q, k, v = joined.split([keys, keys, values], dim=-1)
-        g, beta = self._gates(hidden, where.present)
-        out, after = ops.delta_rule(
-            q=l2_normalised(q.unflatten(-1, (self.heads, -1))) * self.key_dim**-0.5,
-            k=l2_normalised(k.unflatten(-1, (self.heads, -1))),
-            v=v.unflatten(-1, (self.heads, -1)),
-            g=g,
-            beta=beta,
-            state=begin.state,
-            segment=where.segment,
-        )
-        gate = self.g(hidden).unflatten(-1, (self.heads, -1))
-        out = ops.gated_norm(x=out, gate=gate, weight=self.norm, eps=self.eps)
-        return self.o(out.flatten(2)), None if state is None else Delta(tail, after)
+    def fuse(self) -> None:
+        """Lay the projections' weights side by side, and the convolutions' tap by tap: channels become neighbours."""
+        self.joint = side_by_side(self._projections())
+        convs = (self.q_conv, self.k_conv, self.v_conv)
+        taps = torch.cat([conv.data for conv in convs]).T.contiguous()
+        for conv, part in zip(convs, taps.split([len(conv) for conv in convs], dim=1), strict=True):
+            conv.data = part.T
 
-    def _gates(self, hidden: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Log decay g, write strength beta, float32 [B, T, H]; a token that is not there decays and writes nothing."""
-        g = -self.A_log.exp() * F.softplus(self.a(hidden).float() + self.dt_bias)
-        beta = self.b(hidden).float().sigmoid()
-        if present is None:
-            return g, beta
-        return g * present[..., None], beta * present[..., None]
+    def _projections(self) -> tuple[nn.Linear, ...]:
+        return self.q, self.k, self.v, self.g, self.a, self.b
+
+    def forward(self, hidden: Tensor, norm: RMSNorm, where: Where, state: Delta | None) -> tuple[Tensor, Delta | None]:
+        """hidden [B, T, D] -> hidden + mixed(norm(hidden)) and the state after the chunk (None stays None)."""
+        out, after = ops.gated_delta(
+            projected=Projected(*fan(hidden, norm, self._projections(), self.joint)),
+            weights=DeltaWeights(self.q_conv, self.k_conv, self.v_conv, self.A_log, self.dt_bias, self.norm, self.eps),
+            where=where,
+            state=self._empty(hidden) if state is None else state,
+        )
+        return sum_onto(hidden, out.flatten(2), self.o), None if state is None else after
 
     def _empty(self, hidden: Tensor) -> Delta:
         rows = hidden.shape[0]

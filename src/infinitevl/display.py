@@ -32,6 +32,19 @@ def display(as_json: bool = False, interactive: bool = False, every: float = EVE
         yield _Lines(_plain, None if interactive else every)
 
 
+@contextmanager
+def progress() -> Iterator[Callable[[int, int], None]]:
+    """Where to tell (done, total) tokens of a long prompt: a bar on standard error, where that is a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("tokens read, left"), TimeRemainingColumn()
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("", total=None, visible=False)
+        yield lambda done, total: bar.update(task, completed=done, total=total, visible=done < total)
+
+
 Write = Callable[[Event], list[str]]
 
 

@@ -52,7 +52,8 @@ def _devices() -> dict[str, str]:
 
 def _choices(device: torch.device) -> dict[str, dict[str, str]]:
     """What each op chooses to watch and to answer (no gradient), and why."""
-    return {op: ops.choose(op, device)._asdict() for op in ops.OPS}
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16  # as `weights.load` has it
+    return {op: ops.choose(op, device, dtype)._asdict() for op in ops.OPS}
 
 
 def _checkpoint(where: str) -> dict[str, Any]:

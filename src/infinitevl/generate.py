@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,28 +36,63 @@ class Sampling:
 
 
 GREEDY = Sampling()
+CHUNK = 8192  # tokens of a long text that go through the model at once
 
 
 def pick(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
     """logits [B, vocab] -> ids [B]."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    chances = (logits.float() / sampling.temperature).softmax(-1)
+    chance = torch.rand(len(logits), 1, device=logits.device, generator=generator)
+    return draw(logits, chance, sampling.temperature, sampling.top_p)
+
+
+def draw(logits: Tensor, chance: Tensor, temperature: float | Tensor, top_p: float | Tensor) -> Tensor:
+    """logits [B, vocab] -> ids [B]: where `chance` [B, 1] in [0, 1) falls among the likeliest tokens that make up
+    top_p. Tensors in, tensors out: the same draw eager and recorded."""
+    chances = (logits.float() / temperature).softmax(-1)
     ordered, order = chances.sort(-1, descending=True)
-    ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= sampling.top_p, 0.0)
-    drawn = torch.multinomial(ordered, 1, generator=generator)
-    return order.gather(-1, drawn)[:, 0]
+    reached = ordered.cumsum(-1)
+    reached = ordered.masked_fill(reached - ordered >= top_p, 0.0).cumsum(-1)
+    place = (reached <= chance * reached[:, -1:]).sum(-1, keepdim=True)
+    return order.gather(-1, place.clamp(max=logits.shape[-1] - 1))[:, 0]
+
+
+def feed(model: Model, memory: Memory, ids: Sequence[int]) -> tuple[Tensor, Memory]:
+    """Text ids into every row of a memory -> hidden of the last one [B, D] and the memory. Ends a run of frames."""
+    return prefill(model, memory, torch.tensor(ids, device=model.device).expand(len(memory.seen), -1))
 
 
 @torch.no_grad()
-def feed(model: Model, memory: Memory, ids: tuple[int, ...] | list[int]) -> tuple[Tensor, Memory]:
-    """Text ids into every row of a memory -> hidden of the last one [B, D] and the memory. Ends a run of frames."""
-    rows = memory.seen.shape[0]
-    tokens = torch.tensor(ids, device=model.device).expand(rows, -1)
-    positions, memory = rope.next_text(memory, len(ids))
-    hidden, after = model(model.embed(tokens), positions, memory)
-    assert after is not None
-    return hidden[:, -1], after
+def prefill(
+    model: Model,
+    memory: Memory,
+    ids: Tensor,
+    chunk: int = CHUNK,
+    progress: Callable[[int, int], None] | None = None,
+    there: Tensor | None = None,
+) -> tuple[Tensor, Memory]:
+    """Text of any length into a memory -> hidden of the last token [B, D] and the memory. Ends a run of frames.
+
+    ids int64 [B, N] on any device: `chunk` tokens at a time go to the model's, so that nothing there grows with N.
+    progress(done, total) is called after every chunk, with tokens. there: bool [B], the rows that the text is for;
+    None: all. The others stay as they are, bit for bit, and their hidden means nothing.
+    Raises ValueError for ids that are not [B, N] of the memory's rows, for none, and for a chunk below 1.
+    """
+    if ids.dim() != 2 or len(ids) != len(memory.seen) or not ids.shape[1] or chunk < 1:
+        wanted = f"[{len(memory.seen)}, 1 or more], chunks of 1 or more"
+        raise ValueError(f"a text is ids {wanted}; got {list(ids.shape)}, chunks of {chunk}")
+    total = ids.shape[1]
+    for start in range(0, total, chunk):
+        tokens = ids[:, start : start + chunk].to(model.device)
+        positions, memory = rope.next_text(memory, tokens.shape[1], there)
+        present = None if there is None else there[:, None].expand_as(tokens)
+        hidden, after = model(model.embed(tokens), positions, memory, present)
+        assert after is not None
+        memory = after
+        if progress is not None:
+            progress(start + tokens.shape[1], total)
+    return hidden[:, -1], memory
 
 
 def decode(

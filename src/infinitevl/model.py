@@ -5,17 +5,22 @@ One class for the published model, its Transformer teacher and the tiny one: the
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from infinitevl import memory as memories
-from infinitevl.attention import SoftmaxMixer, Where
+from infinitevl import ops
+from infinitevl.attention import SoftmaxMixer
 from infinitevl.config import SOFTMAX, ModelConfig, TextConfig
 from infinitevl.delta import DeltaMixer
+from infinitevl.layers import GatedMLP, RMSNorm
 from infinitevl.memory import Delta, Memory, Window
+from infinitevl.ops.where import Placed, Where
 from infinitevl.processor import Processor
-from infinitevl.rope import angles
-from infinitevl.vision import GatedMLP, RMSNorm, Vision
+from infinitevl.rope import Angles, angles
+from infinitevl.vision import Vision, VisionAttention
 
 INIT_STD = 0.02
 
@@ -37,10 +42,9 @@ class Block(nn.Module):
     def forward(
         self, hidden: Tensor, where: Where, state: Window | Delta | None
     ) -> tuple[Tensor, Window | Delta | None]:
-        """hidden [B, T, D] and the block's part of the memory -> the same, one block later."""
-        mixed, state = self.mixer(self.norm_mixer(hidden), where, state)
-        hidden = hidden + mixed
-        return hidden + self.mlp(self.norm_mlp(hidden)), state
+        """hidden [B, T, D] and the block's part of the memory -> the same, one block later; both are consumed."""
+        hidden, state = self.mixer(hidden, self.norm_mixer, where, state)
+        return self.mlp(hidden, self.norm_mlp), state
 
 
 class Model(nn.Module):
@@ -72,6 +76,16 @@ class Model(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.embedding.weight.dtype
+
+    def fuse(self) -> Model:
+        """Lay weights that read one input side by side, and pad what the hardware wants padded; returns the model.
+
+        Parameters become views: names, shapes and saved files stay. Call it after the last move to a device or dtype.
+        """
+        for module in self.modules():
+            if isinstance(module, GatedMLP | SoftmaxMixer | DeltaMixer | VisionAttention):
+                module.fuse()
+        return self
 
     def empty_memory(self, batch: int = 1, capacity: int | None = None) -> Memory:
         """A memory of this model that has seen nothing, on its device; `capacity` as in `Memory.empty`."""
@@ -106,6 +120,7 @@ class Model(nn.Module):
         """
         where, memory = self._where(positions, memory, present, segment)
         states = []
+        hidden = hidden.clone()  # blocks add to it in place; the caller's stays as it is
         for number, block in enumerate(self.blocks):
             hidden, state = block(hidden, where, None if memory is None else memory.blocks[number])
             states.append(state)
@@ -122,39 +137,63 @@ class Model(nn.Module):
     ) -> tuple[Where, Memory | None]:
         """Indices, rotations and ring slots of a chunk, and the memory with all but its blocks brought up to date."""
         turns = angles(positions, self.config.text)
+        if memory is None:
+            return self._alone(turns, positions, present, segment), None
+        if segment is not None:
+            raise ValueError("segments are for packed training: they go without a memory")
+        count = None if present is None else present.sum(1)
+        self._check_capacity(memory, positions.shape[2] if count is None else count)
+        place = ops.place if present is None else partial(_place, present=present)
+        placed = place(
+            positions=positions,
+            seen=memory.seen,
+            clock=memory.clock,
+            held=memory.index,
+            sinks=self.config.text.sinks,
+        )
+        where = Where(
+            *turns, placed.index, present, _ordered(present), count, None, memory.seen, memory.index, placed.target
+        )
+        return where, memory._replace(index=placed.held, seen=placed.seen, clock=placed.clock)
+
+    def _alone(self, turns: Angles, positions: Tensor, present: Tensor | None, segment: Tensor | None) -> Where:
+        """Where the tokens of a chunk without a memory stand."""
         rows, length = positions.shape[1:]
         if present is None:
             step = torch.arange(length, device=positions.device).expand(rows, -1)
-            count = torch.full_like(positions[0, :, 0], length)
         else:
-            step, count = present.long().cumsum(1) - 1, present.long().sum(1)
-        if memory is None:
-            if segment is not None:
-                segment = _filled(segment, present)
-                step = _since_segment(step, segment)
-            index = step if present is None else torch.where(present, step, -1)
-            return Where(turns, index, present, segment), None
+            step = present.long().cumsum(1) - 1
         if segment is not None:
-            raise ValueError("segments are for packed training: they go without a memory")
-        index = memory.seen[:, None] + step
-        latest = positions.amax(0)
-        if present is not None:
-            index, latest = torch.where(present, index, -1), torch.where(present, latest, -1)
-        self._check_capacity(memory, count)
-        target = memories.target_slots(index, memory.index, self.config.text.sinks)
-        where = Where(turns, index, present, None, memory.index, target)
-        return where, memory._replace(
-            index=memories.write(memory.index, target, index),
-            seen=memory.seen + count,
-            clock=torch.maximum(memory.clock, latest.amax(1) + 1),
-        )
+            segment = _filled(segment, present)
+            step = _since_segment(step, segment)
+        count = None if present is None else present.sum(1)
+        index = step if present is None else torch.where(present, step, -1)
+        return Where(*turns, index, present, _ordered(present), count, segment)
 
-    def _check_capacity(self, memory: Memory, count: Tensor) -> None:
-        if self.config.text.window is None:
+    def _check_capacity(self, memory: Memory, count: int | Tensor) -> None:
+        """Only a model without a window can be full. A step that is being recorded cannot look: who records one counts
+        its tokens."""
+        recording = memory.seen.is_cuda and torch.cuda.is_current_stream_capturing()
+        if self.config.text.window is None and not recording:
             most = int((memory.seen + count).max())
             if most > memory.index.shape[1]:
                 room = memory.index.shape[1]
                 raise CapacityError(f"{most} tokens do not fit a memory made for {room}: make a larger one (capacity=)")
+
+
+def _place(*, positions: Tensor, seen: Tensor, clock: Tensor, held: Tensor, sinks: int, present: Tensor) -> Placed:
+    """As `ops.place`, for a chunk of which the tokens marked in `present` [B, T] are there."""
+    step = present.long().cumsum(1) - 1
+    index = torch.where(present, seen[:, None] + step, -1)
+    latest = torch.where(present, positions.amax(0), -1).amax(1)
+    target = memories.target_slots(index, held, sinks)
+    held = memories.write(held, target, index)
+    return Placed(index, target, held, seen + present.sum(1), torch.maximum(clock, latest + 1))
+
+
+def _ordered(present: Tensor | None) -> Tensor | None:
+    """Place of the j-th token that is there [B, T]; those that are not come last."""
+    return None if present is None else torch.argsort((~present).to(torch.int8), dim=1, stable=True)
 
 
 def _filled(segment: Tensor, present: Tensor | None) -> Tensor:

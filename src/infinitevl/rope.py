@@ -7,11 +7,13 @@ text continues at the greatest position so far plus one.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from infinitevl import ops
 from infinitevl.config import ModelConfig, TextConfig
 from infinitevl.memory import Memory
 
@@ -33,49 +35,54 @@ class Grid(NamedTuple):
 
 
 def angles(positions: Tensor, config: TextConfig) -> Angles:
-    """Angles of mRoPE positions [3, B, T]: each range of frequencies follows time, row or column (`mrope_sections`).
+    """Angles of mRoPE positions [3, B, T]: each range of frequencies follows time, row or column (`mrope_sections`)."""
+    frequency = _frequency(config.rope_theta, config.head_dim // 2, positions.device)
+    return Angles(*ops.angles(positions=positions, frequency=frequency, sections=config.mrope_sections))
 
-    The phase is taken in float64: float32 is off by 0.02 rad at position 1e6.
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _frequency(theta: float, half: int, device: torch.device) -> Tensor:
+    """float64 [half], made once: on a GPU every launch of a token counts."""
+    return theta ** (-torch.arange(half, dtype=torch.float64, device=device) / half)
+
+
+def next_text(memory: Memory, length: int, there: Tensor | None = None) -> tuple[Tensor, Memory]:
+    """Positions [3, B, length] of text that follows, and the memory with its run of frames ended.
+
+    there: bool [B], the rows that the text is for; None: all. The others' clocks stay.
     """
-    half = config.head_dim // 2
-    frequency = config.rope_theta ** (-torch.arange(half, dtype=torch.float64, device=positions.device) / half)
-    parts = [
-        positions[axis].double()[..., None] * part
-        for axis, part in enumerate(frequency.split(list(config.mrope_sections)))
-    ]
-    phase = torch.cat([*parts, *parts], dim=-1)
-    return Angles(phase.cos().float(), phase.sin().float())
-
-
-def rotate(x: Tensor, angles: Angles) -> Tensor:
-    """x [B, T, H, hd] rotated by its tokens' angles, in float32, returned in x's dtype."""
-    wide = x.float()
-    first, second = wide.chunk(2, dim=-1)
-    turned = torch.cat([-second, first], dim=-1)
-    return (wide * angles.cos[:, :, None] + turned * angles.sin[:, :, None]).to(x.dtype)
-
-
-def next_text(memory: Memory, length: int) -> tuple[Tensor, Memory]:
-    """Positions [3, B, length] of text that follows, and the memory with its run of frames ended."""
     at = memory.clock[:, None] + torch.arange(length, device=memory.clock.device)
-    return at.expand(3, -1, -1), memory._replace(start=torch.full_like(memory.start, torch.nan))
+    start = torch.full_like(memory.start, torch.nan) if there is None else memory.start.masked_fill(there, torch.nan)
+    return at.expand(3, -1, -1), memory._replace(start=start)
 
 
-def next_frame(memory: Memory, time: Tensor, rows: int, columns: int, config: ModelConfig) -> tuple[Tensor, Memory]:
+def next_frame(
+    memory: Memory, time: Tensor, rows: int, columns: int, config: ModelConfig, there: Tensor | None = None
+) -> tuple[Tensor, Memory]:
     """Positions [3, B, rows * columns] of a frame at `time` (seconds, float64 [B]) and the memory, its run extended.
 
     rows, columns count tokens. t = origin + floor(tokens_per_second * (time - start)), h = origin + row,
     w = origin + column, where origin is the position at which this run of frames began and start its first time.
+    there: bool [B], the rows that have a frame; None: all. The others' clocks stay; their positions mean nothing.
     """
-    fresh = memory.start.isnan()
+    there = torch.ones_like(memory.start, dtype=torch.bool) if there is None else there
+    fresh = memory.start.isnan() & there
     origin = torch.where(fresh, memory.clock, memory.origin)
     start = torch.where(fresh, time, memory.start)
     t = origin + (config.vision.tokens_per_second * (time - start)).floor().long()
-    device = time.device
+    places = origin[None, :, None] + _grid(rows, columns, time.device)
+    positions = torch.cat([t[None, :, None].expand(-1, -1, rows * columns), places])
+    last = torch.where(there, time, memory.last)
+    return positions, memory._replace(frames=memory.frames + there, origin=origin, start=start, last=last)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _grid(rows: int, columns: int, device: torch.device) -> Tensor:
+    """Row and column of every token of a frame, [2, 1, rows * columns]."""
     row = torch.arange(rows, device=device).repeat_interleave(columns)
-    column = torch.arange(columns, device=device).repeat(rows)
-    positions = torch.stack([t[:, None].expand(-1, rows * columns), origin[:, None] + row, origin[:, None] + column])
-    return positions, memory._replace(frames=memory.frames + 1, origin=origin, start=start, last=time)
+    return torch.stack([row, torch.arange(columns, device=device).repeat(rows)])[:, None]
 
 
 def prompt(

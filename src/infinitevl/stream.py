@@ -9,19 +9,22 @@ import math
 import threading
 import time as clock
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from infinitevl import processor as pictures
-from infinitevl import rope, weights
+from infinitevl import weights
 from infinitevl.generate import GREEDY, Sampling, decode, feed
 from infinitevl.memory import Memory
 from infinitevl.model import Model
+from infinitevl.record import Replayed
+from infinitevl.step import frame_step
 from infinitevl.video import Frame
 
 
@@ -44,20 +47,6 @@ def begin(model: Model, batch: int = 1, capacity: int | None = None) -> Memory:
     return memory
 
 
-@torch.no_grad()
-def frame_step(model: Model, memory: Memory, pixels: Tensor, time: Tensor) -> Memory:
-    """One frame into the memory: pixels uint8 [B, h, w, 3] of the size the model sees, time float64 [B] in seconds.
-
-    Tensors in, tensors out: this is the step that can be recorded and replayed.
-    """
-    patches, (rows, columns) = pictures.patchify(pixels, model.processor.config, pair=False)
-    merge = model.config.vision.merge_size
-    positions, memory = rope.next_frame(memory, time, rows // merge, columns // merge, model.config)
-    _, after = model(model.vision(patches, rows, columns), positions, memory)
-    assert after is not None
-    return after
-
-
 def last_time(memory: Memory) -> float | None:
     """Time of the latest frame in seconds (of the first row), None before any."""
     last = float(memory.last[0])
@@ -71,31 +60,48 @@ def observe(model: Model, memory: Memory, frame: Frame, size: tuple[int, int] | 
     Raises TimeError where frame.time is before the last one or not finite.
     """
     last = last_time(memory)
-    if not math.isfinite(frame.time):
-        raise TimeError(f"a frame's time is a number of seconds, got {frame.time}")
-    if last is not None and frame.time < last:
-        raise TimeError(f"a frame at {frame.time:.3f} s comes after one at {last:.3f} s: times never decrease")
-    processor = model.processor
-    stamp = processor.stamp_due(last, frame.time)
-    if stamp is not None:
-        _, memory = feed(model, memory, processor.stamp_ids(stamp))
-    pixels = torch.from_numpy(np.ascontiguousarray(frame.pixels)).to(model.device)[None]
-    size = size or pictures.fit_frame(pixels.shape[1], pixels.shape[2], processor.config)
-    time = torch.tensor([frame.time], dtype=torch.float64, device=model.device)
-    return frame_step(model, memory, pictures.resize(pixels, size), time)
+    _check_time(last, frame.time)
+    height, width, _ = frame.pixels.shape
+    size = size or pictures.fit_frame(height, width, model.processor.config)
+    pixels = torch.from_numpy(np.ascontiguousarray(frame.pixels))[None]
+    return _seen(model, memory, _stamp(model, last, frame.time), pixels, size, frame.time)
+
+
+def _check_time(last: float | None, time: float) -> None:
+    if not math.isfinite(time):
+        raise TimeError(f"a frame's time is a number of seconds, got {time}")
+    if last is not None and time < last:
+        raise TimeError(f"a frame at {time:.3f} s comes after one at {last:.3f} s: times never decrease")
+
+
+def _stamp(model: Model, last: float | None, time: float) -> Sequence[int]:
+    """Ids of the time stamp that the checkpoint wants before a frame at `time`; none where none is due."""
+    due = model.processor.stamp_due(last, time)
+    return () if due is None else model.processor.stamp_ids(due)
+
+
+def _seen(
+    model: Model, memory: Memory, stamp: Sequence[int], pixels: Tensor, size: tuple[int, int], time: float
+) -> Memory:
+    """A stamp and one frame, uint8 [1, H, W, 3] on the host, into a memory of one row."""
+    if stamp:
+        _, memory = feed(model, memory, stamp)
+    at = torch.tensor([time], dtype=torch.float64, device=model.device)
+    return frame_step(model, memory, pictures.resize(pixels.to(model.device), size), at)
 
 
 def reply(
-    model: Model, memory: Memory, question: str, at_most: int, sampling: Sampling
+    model: Model, memory: Memory, ids: Sequence[int], at_most: int, sampling: Sampling
 ) -> Generator[int, None, Memory]:
-    """Feeds a question, yields its answer's ids, returns the memory with both in it; the memory given is consumed."""
-    hidden, memory = feed(model, memory, model.processor.chat.tail(question))
+    """Feeds a question's ids, yields its answer's, returns the memory with both in it; the memory given is consumed."""
+    hidden, memory = feed(model, memory, ids)
     return (yield from decode(model, memory, hidden, at_most, sampling))
 
 
 def answer(model: Model, memory: Memory, question: str, at_most: int = 64, sampling: Sampling = GREEDY) -> str:
     """The answer to a question about what a memory has seen. It is asked on a clone: the memory stays as it is."""
-    return model.processor.text(reply(model, memory.clone(), question, at_most, sampling)).strip()
+    words = model.processor.chat.tail(question)
+    return model.processor.text(list(reply(model, memory.clone(), words, at_most, sampling))).strip()
 
 
 class Turns:
@@ -122,46 +128,96 @@ class Turns:
             self._changed.notify_all()
 
 
+class Running(Protocol):
+    """How a stream's memory is fed and asked: `Eager` or `record.Replayed`."""
+
+    @property
+    def memory(self) -> Memory: ...
+    def observe(self, stamp: Sequence[int], pixels: Tensor, size: tuple[int, int], time: float) -> None: ...
+    def snapshot(self, at_most: int, sampling: Sampling) -> Any: ...
+    def answer(self, asked: Any, ids: Sequence[int], behind: int = ...) -> Iterator[int]: ...
+    def keep(self, asked: Any, ids: Sequence[int]) -> None: ...
+
+
+class Eager:
+    """A stream's memory fed and asked step by step; `record.Replayed` is the same with recorded steps."""
+
+    def __init__(self, model: Model, memory: Memory) -> None:
+        self.model, self.memory = model, memory
+
+    def observe(self, stamp: Sequence[int], pixels: Tensor, size: tuple[int, int], time: float) -> None:
+        """A time stamp's ids, or none, and one frame: uint8 [1, H, W, 3] on the host, seen at `size`."""
+        self.memory = _seen(self.model, self.memory, stamp, pixels, size, time)
+
+    def snapshot(self, at_most: int, sampling: Sampling) -> Asked:
+        """An answer that starts from the memory as it is now."""
+        return Asked(self.memory.clone(), at_most, sampling)
+
+    def answer(self, asked: Asked, ids: Sequence[int], behind: int = 0) -> Generator[int, None, None]:
+        """Feeds a question and yields the answer's ids; none is made ahead, whatever `behind` says."""
+        asked.memory = yield from reply(self.model, asked.memory, ids, asked.at_most, asked.sampling)
+
+    def keep(self, asked: Asked, ids: Sequence[int]) -> None:
+        """Ends an answer with more text, and makes its memory the stream's."""
+        _, self.memory = feed(self.model, asked.memory, ids)
+
+
+@dataclass
+class Asked:
+    """An answer in the making."""
+
+    memory: Memory
+    at_most: int
+    sampling: Sampling
+
+
 class Stream:
     """A memory that is being fed. One camera thread and any number of asking threads may share it.
 
     Order: first come, first served; a question is about exactly the frames whose `observe` returned before the question
     took its clone. Only `ask(keep=True)` makes frames wait for the whole answer, because it writes.
+
+    On CUDA every step is recorded as a graph when it is first met (the first frame and the first question take a second
+    longer) and replayed from then on; `observe` returns before the GPU is done. eager=True runs them unrecorded.
     """
 
-    def __init__(self, model: Model, memory: Memory | None = None) -> None:
+    def __init__(self, model: Model, memory: Memory | None = None, eager: bool = False) -> None:
         if memory is not None and len(memory.seen) != 1:
             raise ValueError(f"a stream's memory has one row, this one {len(memory.seen)}: take one with memory.rows()")
+        memory = begin(model) if memory is None else memory
+        recorded = model.device.type == "cuda" and not eager
         self.model = model
-        self._memory = begin(model) if memory is None else memory
+        self._run: Running = Replayed(model, memory) if recorded else Eager(model, memory)
+        self._last = last_time(memory)
         self._size: tuple[int, int] | None = None
+        self._eager = eager
         self._lock = Turns()
 
     @property
     def memory(self) -> Memory:
         """A clone of the memory as it is now."""
         with self._lock:
-            return self._memory.clone()
+            return self._run.memory.clone()
 
     @property
     def time(self) -> float | None:
         """Time of the latest frame in seconds, None before any."""
-        return last_time(self._memory)
+        return self._last
 
     @property
     def frames(self) -> int:
         """Frames seen so far, those before a save included."""
-        return int(self._memory.frames[0])
+        return int(self._run.memory.frames[0])
 
     @property
     def tokens(self) -> int:
         """Tokens seen so far: frames, stamps, kept questions and answers."""
-        return int(self._memory.seen[0])
+        return int(self._run.memory.seen[0])
 
     @property
     def nbytes(self) -> int:
         """Bytes of the memory; the same number for ever."""
-        return self._memory.nbytes
+        return self._run.memory.nbytes
 
     def observe(self, frame: Frame | np.ndarray, time: float | None = None) -> None:
         """The next frame: a Frame, or uint8 pixels [H, W, 3] with a time in seconds (default: one sampling step later).
@@ -175,9 +231,11 @@ class Stream:
         with self._lock:
             if time is None:
                 time = frame.time if isinstance(frame, Frame) else self._next_time()
+            _check_time(self._last, time)
             size = self._size or pictures.fit_frame(pixels.shape[0], pixels.shape[1], self.model.processor.config)
-            self._memory = observe(self.model, self._memory, Frame(time, pixels), size)
-            self._size = size
+            stamp = _stamp(self.model, self._last, time)
+            self._run.observe(stamp, torch.from_numpy(np.ascontiguousarray(pixels))[None], size, time)
+            self._size, self._last = size, time
 
     def _next_time(self) -> float:
         last = self.time
@@ -186,25 +244,26 @@ class Stream:
     def ask(self, question: str, at_most: int = 64, keep: bool = False, sampling: Sampling = GREEDY) -> Answer:
         """An answer about all that was seen so far. keep=True leaves both in the memory, for follow-ups."""
         began = clock.perf_counter()
-        with self._lock:
-            time, memory = self.time, self._memory.clone()
-            if keep:
-                ids, memory = _drained(reply(self.model, memory, question, at_most, sampling))
-                self._memory = self._turned(memory)
-        if not keep:
-            ids, _ = _drained(reply(self.model, memory, question, at_most, sampling))
+        words = self.model.processor.chat.tail(question)
+        if keep:
+            with self._lock:
+                time, asked = self.time, self._run.snapshot(at_most, sampling)
+                ids = list(self._run.answer(asked, words, behind=0))
+                self._run.keep(asked, (self.model.config.stop_tokens[0], *self.model.processor.chat.reopen))
+        else:
+            with self._lock:
+                time, asked = self.time, self._run.snapshot(at_most, sampling)
+            ids = list(self._run.answer(asked, words))
         text = self.model.processor.text(ids).strip()
         return Answer(text, time, len(ids), clock.perf_counter() - began)
 
-    def _turned(self, memory: Memory) -> Memory:
-        """The memory after a kept answer: its turn is ended and a new video begun, ready for frames or a question."""
-        ids = (self.model.config.stop_tokens[0], *self.model.processor.chat.reopen)
-        return feed(self.model, memory, ids)[1]
-
     def ask_pieces(self, question: str, at_most: int = 64, sampling: Sampling = GREEDY) -> Iterator[str]:
         """The answer as it is being said, in pieces of text; asked when the first piece is wanted."""
-        memory, ids, said = self.memory, [], ""
-        for token in reply(self.model, memory, question, at_most, sampling):
+        with self._lock:
+            asked = self._run.snapshot(at_most, sampling)
+        ids: list[int] = []
+        said = ""
+        for token in self._run.answer(asked, self.model.processor.chat.tail(question)):
             ids.append(token)
             text = self.model.processor.text(ids)
             if text != said and not text.endswith("\ufffd"):  # half a character
@@ -217,7 +276,7 @@ class Stream:
     def fork(self) -> Stream:
         """A second stream with this one's past and a future of its own."""
         with self._lock:
-            twin = Stream(self.model, self._memory.clone())
+            twin = Stream(self.model, self._run.memory.clone(), self._eager)
             twin._size = self._size
             return twin
 
@@ -226,20 +285,10 @@ class Stream:
         self.memory.save(path, weights.fingerprint(self.model))
 
     @classmethod
-    def load(cls, path: str | Path, model: Model, capacity: int | None = None) -> Stream:
+    def load(cls, path: str | Path, model: Model, capacity: int | None = None, eager: bool = False) -> Stream:
         """A stream that continues from a saved memory; `capacity` as it was made with, for models without a window.
 
         Raises MemoryFileError naming what does not fit.
         """
         like = model.empty_memory(capacity=capacity)
-        return cls(model, Memory.load(path, like, weights.fingerprint(model)))
-
-
-def _drained(generator: Generator[int, None, Memory]) -> tuple[list[int], Memory]:
-    """All that a generator yields, and what it returns."""
-    ids = []
-    while True:
-        try:
-            ids.append(next(generator))
-        except StopIteration as stop:
-            return ids, stop.value
+        return cls(model, Memory.load(path, like, weights.fingerprint(model)), eager)

@@ -12,32 +12,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from infinitevl import ops
 from infinitevl.config import VisionConfig
-from infinitevl.rope import Angles, rotate
+from infinitevl.layers import GatedMLP, Joint, RMSNorm, sum_onto, widened
+from infinitevl.ops.where import Windows
 
 
 class Layout(NamedTuple):
     """The order in which a grid's patches are worked on: window by window, so that a window is a run of patches.
 
-    order [P]: the patch at each place. back [P / 4]: the place of each merged token. place [windows, largest]: the
-    place of each patch of each window, its first one repeated where a window is small; there (bool, likewise) tells
-    them apart, None when all windows are of one size.
+    order [P]: the patch at each place. back [P / 4]: the place of each merged token. cos, sin float32 [1, P, hd]: the
+    rotation at each place.
     """
 
     order: Tensor
     back: Tensor
-    rows: Tensor
-    columns: Tensor
-    place: Tensor
-    there: Tensor | None
+    cos: Tensor
+    sin: Tensor
+    windows: Windows
 
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # or a layout first made there could never be trained with
-def layout(rows: int, columns: int, merge: int, window: int, device: torch.device) -> Layout:
-    """The layout of a grid of rows x columns patches, cut into windows of window x window patches from the top left."""
+def layout(rows: int, columns: int, config: VisionConfig, device: torch.device) -> Layout:
+    """The layout of a grid of rows x columns patches, cut into windows from the top left."""
+    merge = config.merge_size
     units = torch.arange(rows * columns // merge**2).view(rows // merge, columns // merge)
-    side = window // merge
+    side = config.window_pixels // config.patch_size // merge
     cuts = [part.flatten() for band in units.split(side, dim=0) for part in band.split(side, dim=1)]
     unit_order = torch.cat(cuts)
     inside = merge * merge
@@ -49,36 +50,18 @@ def layout(rows: int, columns: int, merge: int, window: int, device: torch.devic
     place = torch.where(there, first + step, first)
     grid = torch.arange(rows * columns).view(rows // merge, merge, columns // merge, merge)
     raster = grid.permute(0, 2, 1, 3).flatten()[order]
-    tensors = (order, unit_order.argsort(), raster // columns, raster % columns, place)
-    order, back, row, column, place = (x.to(device) for x in tensors)
-    return Layout(order, back, row, column, place, None if len(set(sizes)) == 1 else there.to(device))
+    phase = _phase(raster // columns, raster % columns, config)
+    tensors = (order, unit_order.argsort(), phase.cos().float(), phase.sin().float(), place)
+    order, back, cos, sin, place = (x.to(device) for x in tensors)
+    return Layout(order, back, cos, sin, Windows(place, None if len(set(sizes)) == 1 else there.to(device)))
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight, computed in float32."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return wide.to(x.dtype) * self.weight
-
-
-class GatedMLP(nn.Module):
-    """down(silu(gate(x)) * up(x))."""
-
-    def __init__(self, size: int, inner: int, bias: bool) -> None:
-        super().__init__()
-        self.gate = nn.Linear(size, inner, bias=bias)
-        self.up = nn.Linear(size, inner, bias=bias)
-        self.down = nn.Linear(inner, size, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+def _phase(row: Tensor, column: Tensor, config: VisionConfig) -> Tensor:
+    """2D rotary, float64 [1, P, hd]: the first half of the frequencies follows rows, the second columns, in patches."""
+    quarter = config.head_dim // 4
+    frequency = config.rope_theta ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+    phase = torch.cat([axis[:, None].double() * frequency for axis in (row, column)], dim=-1)
+    return torch.cat([phase, phase], dim=-1)[None]
 
 
 class VisionAttention(nn.Module):
@@ -89,29 +72,20 @@ class VisionAttention(nn.Module):
         self.heads, self.windowed = config.num_heads, windowed
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.wide: Joint | None = None
 
-    def forward(self, x: Tensor, angles: Angles, where: Layout) -> Tensor:
-        """x [F, P, D] in window order."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
-        q, k = rotate(q, angles), rotate(k, angles)
-        out = self._in_windows(q, k, v, where) if self.windowed else _softmax(q, k, v, None)
-        return self.proj(out.flatten(2))
+    def fuse(self) -> None:
+        """The output projection's bias as a column of its weight, 64 columns wider: it then costs nothing."""
+        self.wide = widened(self.proj, self.proj.in_features + 64)
 
-    def _in_windows(self, q: Tensor, k: Tensor, v: Tensor, where: Layout) -> Tensor:
-        frames, windows = q.shape[0], where.place.shape[0]
-        if where.there is None:
-            q, k, v = (x.unflatten(1, (windows, -1)).flatten(0, 1) for x in (q, k, v))
-            return _softmax(q, k, v, None).unflatten(0, (frames, windows)).flatten(1, 2)
-        q, k, v = (x[:, where.place].flatten(0, 1) for x in (q, k, v))
-        mask = where.there[:, None, None, :].repeat(frames, 1, 1, 1)
-        out = _softmax(q, k, v, mask).unflatten(0, (frames, windows))
-        return out.flatten(1, 2)[:, where.there.flatten()]
-
-
-def _softmax(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """[N, P, H, hd] each -> [N, P, H, hd]."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+    def forward(self, x: Tensor, norm: RMSNorm, where: Layout) -> Tensor:
+        """x [F, P, D] in window order -> x + attention(norm(x)); x is consumed."""
+        qkv = self.qkv(norm(x)).unflatten(-1, (3, self.heads, -1))
+        windows = where.windows if self.windowed else None
+        wide = self.wide if self.wide is not None and self.wide.holds((self.proj,)) else None
+        width = self.proj.in_features if wide is None else wide.weight.shape[1]
+        out = ops.attend_patches(qkv=qkv, cos=where.cos, sin=where.sin, windows=windows, width=width)
+        return sum_onto(x, out, self.proj) if wide is None else ops.linear(x=out, weight=wide.weight, onto=x)
 
 
 class VisionBlock(nn.Module):
@@ -124,9 +98,9 @@ class VisionBlock(nn.Module):
         self.norm2 = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=True)
 
-    def forward(self, x: Tensor, angles: Angles, where: Layout) -> Tensor:
-        x = x + self.attention(self.norm1(x), angles, where)
-        return x + self.mlp(self.norm2(x))
+    def forward(self, x: Tensor, where: Layout) -> Tensor:
+        """x [F, P, D] in window order -> the same, one block later; x is consumed."""
+        return self.mlp(self.attention(x, self.norm1, where), self.norm2)
 
 
 class Merger(nn.Module):
@@ -168,19 +142,8 @@ class Vision(nn.Module):
                 f"{patches.shape[1]} patches are no grid of {rows} x {columns} in groups of {config.merge_size} x "
                 f"{config.merge_size}"
             )
-        window = config.window_pixels // config.patch_size
-        where = layout(rows, columns, config.merge_size, window, patches.device)
+        where = layout(rows, columns, config, patches.device)
         x = self.embed(patches.to(self.embed.weight.dtype))[:, where.order]
-        angles = self._angles(where)
         for block in self.blocks:
-            x = block(x, angles, where)
+            x = block(x, where)
         return self.merger(x)[:, where.back]
-
-    def _angles(self, where: Layout) -> Angles:
-        """2D rotary: the first half of the frequencies follows rows, the second columns, both in patches."""
-        quarter = self.config.head_dim // 4
-        steps = torch.arange(quarter, dtype=torch.float64, device=where.rows.device)
-        frequency = self.config.rope_theta ** (-steps / quarter)
-        phase = torch.cat([axis[:, None].double() * frequency for axis in (where.rows, where.columns)], dim=-1)
-        phase = torch.cat([phase, phase], dim=-1)[None]
-        return Angles(phase.cos().float(), phase.sin().float())

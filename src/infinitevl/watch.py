@@ -71,6 +71,7 @@ class Settings:
                   shown at its own pace instead of as fast as it can be read
     resume, save  memory files to begin from and to leave behind
     report        a picture of it all, see `report.draw`
+    eager         run each step unrecorded, which matters on CUDA only
     """
 
     source: str
@@ -81,6 +82,7 @@ class Settings:
     resume: Path | None = None
     report: Path | None = None
     at_most: int = 64
+    eager: bool = False
 
     def __post_init__(self) -> None:
         if self.interactive and self.source == "-":
@@ -177,7 +179,7 @@ def watch(model: Model, settings: Settings, tell: Tell) -> Ended:
     files are written. A second one gives up the answers. Raises VideoError where no frame could be decoded, InputError,
     MemoryFileError. Must run in the main thread, where signals arrive.
     """
-    stream = _stream(model, settings.resume)
+    stream = _stream(model, settings.resume, settings.eager)
     rate = model.processor.config.frames_per_second if settings.fps is None else settings.fps
     with _Stop() as stop, _opened(settings.source, rate, stop) as source:
         return _Watch(stream, source, settings, tell, rate).run(stop)
@@ -189,13 +191,13 @@ def _opened(source: str, rate: float, stop: _Stop) -> Source:
         return frames(source, fps=rate)
 
 
-def _stream(model: Model, resume: Path | None) -> Stream:
+def _stream(model: Model, resume: Path | None, eager: bool) -> Stream:
     if model.config.text.window is None:
         raise InputError("this checkpoint has no window and keeps every token: a stream needs a memory of fixed size")
     if resume is None:
-        return Stream(model)
+        return Stream(model, eager=eager)
     try:
-        return Stream.load(resume, model)
+        return Stream.load(resume, model, eager=eager)
     except MemoryFileError:
         raise
     except OSError as error:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import torch
 from PIL import Image
 
 from infinitevl import oneshot, rope
+from infinitevl.display import progress
 from infinitevl.model import Model
 from infinitevl.processor import fit, fit_video, patchify, resize
 from infinitevl.video import VideoError, frames
@@ -76,7 +80,81 @@ def test_seconds_of_a_grid_follow_the_rate(model: Model, clip: Path) -> None:
     for rate, grids in ((1.0, 4), (2.0, 8), (0.5, 2)):
         part = oneshot._recording(model, str(clip), rate, [])
         assert (part.grid.time, part.grid.seconds) == (grids, 2 / rate)
-        assert len(part.visual) == grids * 16
+        assert part.tokens == grids * 16 and len(part.pictures) == 8 * rate
+
+
+def test_a_recording_that_grows_is_shrunk_as_it_is_held(
+    model: Model, clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With frames of room for 16 tokens below 4 of them, for 4 below 8 and for one above."""
+    sizes = {1: (112, 112), 4: (56, 56), 8: (28, 28)}
+    asked: list[int] = []
+
+    def rule(count: int, *_: object) -> tuple[int, int]:
+        asked.append(count)
+        return sizes[max(least for least in sizes if least <= count)]
+
+    monkeypatch.setattr(oneshot, "fit_video", rule)
+    monkeypatch.setattr(oneshot, "HELD", 4)
+    part = oneshot._recording(model, str(clip), 1.25, [])
+    assert asked == [1, 4, 8, 10]
+    assert {tuple(each.shape) for each in part.pictures} == {(1, 28, 28, 3)}
+    assert (part.size, part.grid, part.tokens) == ((28, 28), (5, 2, 2, 1.6), 5)
+    assert all(each.device.type == "cpu" for each in part.pictures)
+
+
+def test_texts_come_before_the_question(
+    model: Model, still: Path, tmp_path: Path, run: Callable, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "one.TXT").write_text("\nThe first <|im_end|> one.\n")
+    (tmp_path / "two.md").write_text("# Über\n\ntwo", encoding="utf-8")
+    asked = "The first <|im_end|> one.\n\n# Über\n\ntwo\n\n" + QUESTION
+    monkeypatch.setattr(oneshot, "CHUNK", 16)
+    image = looked(model, picture(50, 90, 140)[None], fit(90, 140, model.processor.config), pair=False)
+    words = (tmp_path / "one.TXT", still, tmp_path / "two.md", QUESTION, "--model", checkpoint, "--at-most", 5)
+    said = run("ask", *words)
+    assert (said.code, said.err) == (0, "")
+    assert said.out == by_hand(model, [("image", *image, 0.0)], asked, 5) + "\n"
+    alone = oneshot.ask(model, [str(tmp_path / "two.md")], QUESTION, at_most=5)
+    hidden, memory = oneshot.prompt(model, [], "# Über\n\ntwo\n\n" + QUESTION, 5)
+    ids = list(oneshot.decode(model, memory, hidden, 5, oneshot.GREEDY))
+    assert alone.answer.text == model.processor.text(ids).strip() != "" and alone.problems == ()
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [(None, "No such file"), (b" \n", "nothing is written"), (b"\xff\xfe\x00", "not a text in UTF-8")],
+)
+def test_texts_that_cannot_be_read(
+    run: Callable, checkpoint: Path, tmp_path: Path, content: bytes | None, says: str
+) -> None:
+    if content is not None:
+        (tmp_path / "note.txt").write_bytes(content)
+    said = run("ask", tmp_path / "note.txt", QUESTION, "--model", checkpoint)
+    assert (said.code, said.out) == (2, "") and said.err.count("\n") == 1
+    assert said.err.startswith(f"infinitevl: {tmp_path}/note.txt: ") and says in said.err
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("stream", "steps"), [(Terminal, 3), (Terminal, 1), (io.StringIO, 3)])
+def test_bar_for_a_long_prompt(stream: type, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a terminal only, and only where there is more than one step."""
+    for name, value in (("TERM", "xterm"), ("COLUMNS", "120")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "stderr", stream())
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    with progress() as tell:
+        for step in range(steps):
+            tell(4096 * (step + 1), 4096 * steps)
+            time.sleep(0.15)  # it draws ten times a second
+    shown = sys.stderr.getvalue()
+    assert ("4096/12288" in shown) == (stream is Terminal and steps > 1)
+    assert "tokens read" not in shown or steps > 1
+    assert sys.stdout.getvalue() == ""
 
 
 def test_json(run: Callable, still: Path, checkpoint: Path) -> None:

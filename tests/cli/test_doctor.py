@@ -26,7 +26,7 @@ def test_json_says_it_all(run: Callable, checkpoint: Path, model: Model) -> None
     assert found["versions"]["torch"] == torch.__version__
     assert {"transformers", "av", "triton", "fla-core"} <= found["versions"].keys()
     assert set(found["ops"]["cpu"]) == set(ops.OPS)
-    assert found["ops"]["cpu"]["delta_rule"] == ops.choose("delta_rule", torch.device("cpu"))._asdict()
+    assert found["ops"]["cpu"]["gated_delta"] == ops.choose("gated_delta", torch.device("cpu"), torch.float32)._asdict()
     about = found["checkpoint"]
     assert about["parameters"] == sum(parameter.numel() for parameter in model.parameters())
     weights = (checkpoint / "model.safetensors").read_bytes()
@@ -40,13 +40,13 @@ def test_json_says_it_all(run: Callable, checkpoint: Path, model: Model) -> None
 def test_lines(run: Callable, checkpoint: Path) -> None:
     said = run("doctor", "--model", checkpoint)
     assert said.code == 0
-    assert "device cpu: " in said.out and "delta_rule    reference (plain torch, in chunks" in said.out
+    assert "device cpu: " in said.out and "gated_delta   reference (plain torch: device is cpu)" in said.out
     assert said.out.endswith("complete: it loads\n") and "sha256 " in said.out
 
 
 def test_pinned_op_is_shown(run: Callable, checkpoint: Path) -> None:
-    with ops.pinned(delta_rule="recurrent"):
-        assert "delta_rule    recurrent (pinned)" in run("doctor", "--model", checkpoint).out
+    with ops.pinned(gated_delta="recurrent"):
+        assert "gated_delta   recurrent (pinned)" in run("doctor", "--model", checkpoint).out
 
 
 def test_trouble_with_the_checkpoint_has_its_exit_code(run: Callable, checkpoint: Path, tmp_path: Path) -> None:

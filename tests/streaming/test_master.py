@@ -198,7 +198,7 @@ def test_a_recurrent_delta_rule_equals_the_chunked_one(plain):
     from infinitevl import ops
 
     sequence = mixed(plain)
-    with ops.pinned(delta_rule="recurrent"):
+    with ops.pinned(gated_delta="recurrent"):
         assert (in_chunks(plain, sequence, (1, 70))[0] - in_one_pass(plain, sequence)).abs().max() <= TOLERANCE
         recurrent = in_one_pass(plain, sequence)
     assert (recurrent - in_one_pass(plain, sequence)).abs().max() <= TOLERANCE

@@ -250,7 +250,7 @@ def test_asking_leaves_the_memory_bit_identical(model):
     watched.ask(QUESTION, at_most=20)
     list(watched.ask_pieces(QUESTION, at_most=5))
     next(watched.ask_pieces(QUESTION))
-    stream.answer(model, watched._memory, QUESTION, at_most=5)
+    stream.answer(model, watched._run.memory, QUESTION, at_most=5)
     assert same(watched.memory, before)
     watched.memory.index.zero_()
     assert same(watched.memory, before), "what is handed out is a clone"
@@ -271,7 +271,7 @@ def test_a_question_gets_a_memory_to_consume(model, monkeypatch):
     before = watched.memory
     monkeypatch.setattr(stream, "reply", wasteful)
     assert watched.ask(QUESTION).text == "".join(watched.ask_pieces(QUESTION)) == "AB"
-    assert stream.answer(model, watched._memory, QUESTION) == "AB"
+    assert stream.answer(model, watched._run.memory, QUESTION) == "AB"
     assert same(watched.memory, before)
     monkeypatch.setattr(stream, "feed", lambda *_: 1 / 0)  # what is kept is not closed: nothing is kept at all
     with pytest.raises(ZeroDivisionError):

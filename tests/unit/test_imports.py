@@ -14,10 +14,10 @@ PACKAGE = Path(__file__).parents[2] / "src" / "infinitevl"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 BASE = {"config", "files"}
-MIXERS = {"rope", "attention", "delta", "vision"}
+MIXERS = {"layers", "rope", "attention", "delta", "vision"}
 MODEL = BASE | {"memory", "ops", "processor"} | MIXERS | {"model"}
-STREAM = MODEL | {"video", "weights", "stream", "generate"}
-TASKS = STREAM | {"train", "eval"}
+STREAM = MODEL | {"video", "weights", "stream", "generate", "record", "step"}
+TASKS = STREAM | {"batch", "train", "eval"}
 
 # A module or subpackage, and what it may import of the others. Neighbours of one row may import each other, never in
 # a circle. Nothing imports hf.
@@ -32,7 +32,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model": MODEL,
     "weights": BASE | {"model", "processor"},
     "generate": STREAM,
+    "step": MODEL,
+    "record": MODEL | {"generate", "step"},
     "stream": STREAM,
+    "batch": STREAM,
     "synth": BASE,
     "train": TASKS | {"synth"},
     "eval": TASKS | {"__init__", "synth"},
@@ -43,8 +46,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "display": {"report", "watch"},
     "oneshot": STREAM,
     "doctor": STREAM | {"__init__"},
-    "cli": TASKS | {"__init__", "synth", "serve", "report", "watch", "display", "oneshot", "doctor"},
-    "__init__": STREAM,
+    "bench": TASKS | {"__init__"},
+    "cli": TASKS | {"__init__", "synth", "serve", "report", "watch", "display", "oneshot", "doctor", "bench"},
+    "__init__": STREAM | {"batch"},
     "__main__": {"cli"},
 }
 KERNELS = {"triton", "fla"}

@@ -10,9 +10,10 @@ import torch
 
 from infinitevl import rope
 from infinitevl.config import ModelConfig, TextConfig, VisionConfig, hybrid
-from infinitevl.delta import DeltaMixer, l2_normalised
+from infinitevl.delta import DeltaMixer
+from infinitevl.layers import RMSNorm
 from infinitevl.model import CapacityError, Model
-from infinitevl.vision import RMSNorm
+from infinitevl.ops import reference
 
 CONFIG = ModelConfig(
     VisionConfig(depth=1, hidden_size=16, intermediate_size=20, num_heads=2, out_hidden_size=32),
@@ -46,6 +47,11 @@ def model() -> Model:
 
 def gates(model: Model) -> dict[str, torch.Tensor]:
     return {name: p for name, p in model.named_parameters() if name.endswith(("A_log", "dt_bias"))}
+
+
+def gates_of(mixer: DeltaMixer, hidden: torch.Tensor, present: torch.Tensor | None = None):
+    """Log decay and write strength that a mixer gives these tokens."""
+    return reference.gates(mixer.a(hidden), mixer.b(hidden), mixer.A_log, mixer.dt_bias, present)
 
 
 def step(model: Model, length: int = 11, memory=None):
@@ -130,7 +136,7 @@ def test_a_bfloat16_model_has_a_float32_state_and_decay(model):
     assert types["state"] == torch.float32 and types["keys"] == types["tail"] == torch.bfloat16
     assert after.nbytes < memory.nbytes
     mixer = model.blocks[1].mixer
-    g, beta = mixer._gates(torch.randn(1, 3, 32).bfloat16(), None)
+    g, beta = gates_of(mixer, torch.randn(1, 3, 32).bfloat16())
     assert g.dtype == beta.dtype == torch.float32 and (g < 0).all()
 
 
@@ -139,7 +145,7 @@ def test_slow_decay_survives_bfloat16(model):
     """A half-life of 10,000 tokens is a decay of 0.99993, which bfloat16 would round to 1: never forgotten."""
     mixer = DeltaMixer(CONFIG.text).bfloat16()
     mixer.a.weight.zero_()
-    g, _ = mixer._gates(torch.randn(1, 1, 32).bfloat16(), None)
+    g, _ = gates_of(mixer, torch.randn(1, 1, 32).bfloat16())
     torch.testing.assert_close(g[0, 0], -torch.log(torch.tensor(2.0)) / torch.tensor([10.0, 10_000.0]))
 
 
@@ -150,17 +156,17 @@ def test_norms_know_their_epsilon():
     """The published epsilons, which random activations of size 1 cannot tell from none: inputs are small here."""
     x = torch.full((1, 4), 1e-3)
     torch.testing.assert_close(RMSNorm(4, 1e-6)(x), torch.full((1, 4), 1 / 2**0.5))
-    torch.testing.assert_close(l2_normalised(x / 2), torch.full((1, 4), 0.5e-3 / (1e-6 + 1e-6) ** 0.5))
-    assert l2_normalised(torch.zeros(1, 4)).abs().max() == 0
+    torch.testing.assert_close(reference.l2_normalised(x / 2), torch.full((1, 4), 0.5e-3 / (1e-6 + 1e-6) ** 0.5))
+    assert reference.l2_normalised(torch.zeros(1, 4)).abs().max() == 0
 
 
 def test_a_token_that_is_not_there_neither_decays_nor_writes(model):
     mixer = model.blocks[1].mixer
     present = torch.tensor([[True, False, True]])
     hidden = torch.randn(1, 3, 32)
-    g, beta = mixer._gates(hidden, present)
+    g, beta = gates_of(mixer, hidden, present)
     assert not g[0, 1].any() and not beta[0, 1].any()
-    full_g, full_beta = mixer._gates(hidden, None)
+    full_g, full_beta = gates_of(mixer, hidden)
     assert torch.equal(g[present], full_g[present]) and torch.equal(beta[present], full_beta[present])
 
 

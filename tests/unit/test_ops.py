@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -11,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from infinitevl import ops
-from infinitevl.ops import reference
+from infinitevl.memory import Delta
+from infinitevl.ops import fla, reference
+from infinitevl.ops.where import DeltaWeights, Projected, Where
 
 LENGTHS = [1, 2, 3, 31, 63, 64, 65, 127, 128, 129, 193, 250, 300]
 TOLERANCE = 1e-4
@@ -168,9 +171,8 @@ def test_fla_equals_the_reference(length):
         state=torch.randn(B, H, 128, 256) * 0.1,
     )
     low = Inputs(*(x.cuda() for x in given))._replace(v=given.v.bfloat16().cuda())
-    assert ops.choose("delta_rule", low.q.device).name == "fla"
     with torch.no_grad():
-        o, state = ops.delta_rule(**low._asdict(), segment=None)
+        o, state = fla.delta_rule(**low._asdict(), segment=None)
     wide = Inputs(*(x.double() for x in given))._replace(v=low.v.double().cpu())
     right_o, right_state = reference.delta_rule_recurrent(**wide._asdict(), segment=None)
     assert (o.cpu().double() - right_o).abs().max() <= 0.02 * right_o.abs().max()
@@ -338,22 +340,35 @@ def test_gated_norm():
 # -- the door ---------------------------------------------------------------------------------------------------------
 
 
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
 @pytest.mark.parametrize("op", ops.OPS)
 def test_the_reference_runs_on_the_cpu_and_says_why(op):
-    choice = ops.choose(op, torch.device("cpu"))
+    choice = ops.choose(op, CPU, torch.float32)
     assert choice.name == "reference" and choice.reason
 
 
+@pytest.mark.parametrize("op", ops.OPS)
 @pytest.mark.parametrize("installed", [False, True])
-def test_the_rule_for_cuda(monkeypatch, installed):
+def test_the_rule_for_cuda(monkeypatch, installed, op):
     monkeypatch.setattr(ops.importlib.util, "find_spec", lambda name: object() if installed else None)
-    cuda = torch.device("cuda")
-    assert ops.choose("attend", cuda).name == "reference"
-    assert ops.choose("delta_rule", cuda).name == ("fla" if installed else "reference")
-    assert installed or "not installed" in ops.choose("delta_rule", cuda).reason
-    assert ops.choose("delta_rule", cuda, gradient=True).name == "reference"
-    assert ops.choose("delta_rule", cuda, segments=True).name == "reference"
-    assert ops.choose("delta_rule", torch.device("mps")).name == "reference"
+    assert ops.choose(op, CUDA, torch.bfloat16).name == ("triton" if installed else "reference")
+    assert installed or "not installed" in ops.choose(op, CUDA, torch.bfloat16).reason
+    assert (ops.choose(op, CUDA, torch.float32).name == "triton") == (installed and op == "place")
+    assert ops.choose(op, CUDA, torch.bfloat16, gradient=True).name == "reference"
+    assert ops.choose(op, CUDA, torch.bfloat16, segments=True).name == "reference"
+    assert ops.choose(op, torch.device("mps"), torch.bfloat16).name == "reference"
+
+
+def mixer_inputs(length: int, **where: Tensor) -> dict[str, object]:
+    """What a delta mixer hands to its op."""
+    projected = Projected(*(torch.randn(B, length, H * n) for n in (K, K, V, V, 1, 1)))
+    convs = [torch.randn(H * n, 4) for n in (K, K, V)]
+    weights = DeltaWeights(*convs, torch.zeros(H), torch.zeros(H), torch.ones(V), 1e-5)
+    index = torch.arange(length).expand(B, -1)
+    state = Delta(torch.zeros(B, 3, H * (2 * K + V)), torch.zeros(B, H, K, V))
+    return {"projected": projected, "weights": weights, "where": Where(index, index, index, **where), "state": state}
 
 
 def test_a_pin_is_seen_and_ends_with_its_block(monkeypatch):
@@ -362,17 +377,17 @@ def test_a_pin_is_seen_and_ends_with_its_block(monkeypatch):
     monkeypatch.setattr(
         reference, "delta_rule_recurrent", lambda **given: calls.append("recurrent") or recurrent(**given)
     )
-    given = inputs(5)._asdict() | {"segment": None}
-    with ops.pinned(delta_rule="recurrent"):
-        assert ops.choose("delta_rule", torch.device("cuda")) == ("recurrent", "pinned")
+    given = mixer_inputs(5)
+    with ops.pinned(gated_delta="recurrent"):
+        assert ops.choose("gated_delta", CUDA, torch.bfloat16) == ("recurrent", "pinned")
         with ops.pinned(attend="reference"):
-            ops.delta_rule(**given)
+            ops.gated_delta(**given)
     assert calls == ["recurrent"]
-    ops.delta_rule(**given)
-    assert calls == ["recurrent"] and ops.choose("delta_rule", torch.device("cpu")).reason != "pinned"
+    ops.gated_delta(**given)
+    assert calls == ["recurrent"] and ops.choose("gated_delta", CPU, torch.float32).reason != "pinned"
 
 
-@pytest.mark.parametrize("pins, named", [({"delta_rule": "fast"}, "'fast'"), ({"attention": "fla"}, "'attention'")])
+@pytest.mark.parametrize("pins, named", [({"gated_delta": "fast"}, "'fast'"), ({"attention": "fla"}, "'attention'")])
 def test_an_unknown_pin_is_refused_by_name(pins, named):
     with pytest.raises(ValueError, match=named), ops.pinned(**pins):
         pass
@@ -380,5 +395,32 @@ def test_an_unknown_pin_is_refused_by_name(pins, named):
 
 def test_nothing_is_tried_in_its_place_when_an_implementation_fails():
     """FLA pinned on the CPU: an error, never the reference in silence."""
-    with pytest.raises((ImportError, RuntimeError, AssertionError, ValueError)), ops.pinned(delta_rule="fla"):
-        ops.delta_rule(**inputs(5)._asdict(), segment=torch.zeros(B, 5, dtype=torch.int64))
+    with pytest.raises((ImportError, RuntimeError, AssertionError, ValueError)), ops.pinned(gated_delta="fla"):
+        ops.gated_delta(**mixer_inputs(5, segment=torch.zeros(B, 5, dtype=torch.int64)))
+
+
+# -- products and norms -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gated, normed, biased, summed", itertools.product([False, True], repeat=4))
+def test_a_linear_is_norm_product_gate_and_sum(gated, normed, biased, summed):
+    x, weight, bias, scale = torch.randn(2, 3, 8), torch.randn(10, 8), torch.randn(10), torch.rand(8)
+    onto = torch.randn(2, 3, 5 if gated else 10)
+    got = ops.linear(
+        x=x,
+        weight=weight,
+        bias=bias if biased else None,
+        norm=(scale, 1e-6) if normed else None,
+        gated=gated,
+        onto=onto if summed else None,
+    )
+    y = x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * scale if normed else x
+    y = y @ weight.mT + (bias if biased else 0)
+    y = y[..., :5] * y[..., :5].sigmoid() * y[..., 5:] if gated else y
+    torch.testing.assert_close(got, y + onto if summed else y)
+
+
+def test_small_delta_heads_are_left_to_the_reference(monkeypatch):
+    monkeypatch.setattr(ops.importlib.util, "find_spec", lambda name: object())
+    assert ops.choose("gated_delta", CUDA, torch.bfloat16, channels=31).name == "reference"
+    assert ops.choose("gated_delta", CUDA, torch.bfloat16, channels=32).name == "triton"

@@ -11,6 +11,7 @@ import torch
 from infinitevl import rope
 from infinitevl.config import ModelConfig, infinitevl_4b, tiny
 from infinitevl.memory import Memory
+from infinitevl.ops import reference
 from infinitevl.rope import Grid
 
 CONFIG = tiny(64)
@@ -26,6 +27,10 @@ def ids(*parts: tuple[int, int] | int) -> torch.Tensor:
 def fed(memory: Memory, positions: torch.Tensor) -> Memory:
     """What `Model.forward` does to the clock."""
     return memory._replace(clock=torch.maximum(memory.clock, positions.amax((0, 2)) + 1))
+
+
+def turned(x: torch.Tensor, angle: rope.Angles) -> torch.Tensor:
+    return reference.rotate(x=x, cos=angle.cos, sin=angle.sin)
 
 
 def frame(memory: Memory, time: float, rows: int = 2, columns: int = 3) -> tuple[torch.Tensor, Memory]:
@@ -158,6 +163,27 @@ def test_rows_run_apart():
     assert positions[:, :, 0].tolist() == [[6, 16], [4, 9], [4, 9]]
 
 
+def test_the_clocks_of_rows_that_are_not_there_stay():
+    """Rows before a run, in one, and after one that ended; what stands in the place of their times does not matter."""
+    begun = Memory.empty(CONFIG, 6)._replace(clock=torch.tensor([4, 4, 9, 9, 7, 7]))
+    running = torch.tensor([False, False, True, True, True, True])
+    _, begun = rope.next_frame(begun, torch.arange(6).double(), 2, 2, CONFIG, running)
+    _, begun = rope.next_text(begun, 3, torch.tensor([False, False, False, False, True, True]))
+    assert begun.start.isnan().tolist() == [True, True, False, False, True, True]
+    there = torch.tensor([True, False] * 3)
+    time = torch.tensor([8.0, math.nan, 8.0, -1e9, 8.0, math.inf]).double()
+    positions, framed = rope.next_frame(begun, time, 2, 2, CONFIG, there)
+    right, whole = rope.next_frame(begun, torch.full_like(time, 8.0), 2, 2, CONFIG)
+    assert torch.equal(positions[:, there], right[:, there])
+    _, read = rope.next_text(begun, 3, there)
+    _, ended = rope.next_text(begun, 3)
+    for after, wanted in ((framed, whole), (read, ended)):
+        for (name, got), (_, moved), (_, stayed) in zip(after.named(), wanted.named(), begun.named(), strict=True):
+            assert torch.equal(got[there].nan_to_num(-7), moved[there].nan_to_num(-7)), name
+            assert torch.equal(got[~there].nan_to_num(-7), stayed[~there].nan_to_num(-7)), name
+    assert framed.frames.tolist() == [1, 0, 2, 1, 2, 1]
+
+
 def test_frames_after_weeks_are_still_told_apart():
     """Seconds are float64: in float32, times after 40 days are 0.25 s apart."""
     memory = Memory.empty(CONFIG)
@@ -201,16 +227,14 @@ def test_rotation_turns_pairs_and_scores_know_only_distances():
     q, k = torch.randn(2, 1, 1, 1, config.head_dim)
 
     def score(at: int, other: int) -> torch.Tensor:
-        turned = [
-            rope.rotate(x, rope.angles(torch.full((3, 1, 1), place), config)) for x, place in ((q, at), (k, other))
-        ]
-        return (turned[0] * turned[1]).sum()
+        pair = [turned(x, rope.angles(torch.full((3, 1, 1), place), config)) for x, place in ((q, at), (k, other))]
+        return (pair[0] * pair[1]).sum()
 
     torch.testing.assert_close(score(12, 5), score(100_012, 100_005), atol=1e-4, rtol=0)
     assert abs(score(12, 5) - score(12, 6)) > 1e-3
     half = config.head_dim // 2
     angle = rope.angles(torch.full((3, 1, 1), 3), config)
-    turned = rope.rotate(q, angle)
+    rotated = turned(q, angle)
     pairs = torch.complex(q[..., :half], q[..., half:]) * torch.complex(angle.cos, angle.sin)[..., None, :half]
-    torch.testing.assert_close(turned, torch.cat([pairs.real, pairs.imag], dim=-1))
-    assert rope.rotate(q.bfloat16(), angle).dtype == torch.bfloat16
+    torch.testing.assert_close(rotated, torch.cat([pairs.real, pairs.imag], dim=-1))
+    assert turned(q.bfloat16(), angle).dtype == torch.bfloat16

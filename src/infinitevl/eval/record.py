@@ -31,7 +31,7 @@ def circumstances(model: Model) -> dict[str, Any]:
         "commit": commit(),
         "hardware": hardware(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "ops": {op: ops.choose(op, model.device).name for op in ops.OPS},
+        "ops": {op: ops.choose(op, model.device, model.dtype).name for op in ops.OPS},
         "versions": versions(),
     }
 

@@ -1,8 +1,12 @@
-"""The one door to the four ops: `attend`, `delta_rule`, `causal_conv`, `gated_norm`.
+"""The one door to the ops: `place` (and `angles`), `rms_norm`, `linear`, `attend_patches`, `attend`, `gated_delta`.
 
-Pure functions with keywords only, state in and state out. Which implementation runs is decided per call by `choose`,
-a rule over the tensors' device and what is asked; it can be pinned, and `infinitevl doctor` prints it. There is no
+Keywords only, state in and state out. Which implementation runs is decided per call by `choose`, a rule over the
+tensors' device and dtype and over what is asked; it can be pinned, and `infinitevl doctor` prints it. There is no
 fallback: an implementation that fails raises.
+
+The plain-torch reference never changes what it is given. The kernels, which run only where no gradient is asked, write
+the state they are given, the rotated projections and the sum in `linear` in place: the memory given to a step is
+consumed, and projections are fresh.
 """
 
 from __future__ import annotations
@@ -11,15 +15,21 @@ import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from infinitevl.memory import Delta, Window
 from infinitevl.ops import reference
+from infinitevl.ops.where import DeltaWeights, Placed, Projected, Where, Windows
 
-OPS = ("attend", "delta_rule", "causal_conv", "gated_norm")
-IMPLEMENTATIONS = {op: ("reference",) for op in OPS} | {"delta_rule": ("reference", "recurrent", "fla")}
+OPS = ("place", "rms_norm", "linear", "attend_patches", "attend", "gated_delta")
+IMPLEMENTATIONS = {op: ("reference", "triton") for op in OPS} | {
+    "gated_delta": ("reference", "recurrent", "fla", "triton")
+}
+HALF = (torch.bfloat16, torch.float16)
+SMALLEST = 32  # channels of a delta head below which the kernels were found wrong on an H200 (16, with triton 3.6)
 
 _pins: ContextVar[dict[str, str] | None] = ContextVar("pinned ops", default=None)
 
@@ -37,27 +47,39 @@ def _pinned(op: str) -> str | None:
     return (_pins.get() or {}).get(op)
 
 
-def choose(op: str, device: torch.device, gradient: bool = False, segments: bool = False) -> Choice:
-    """Which implementation of `op` runs for tensors on `device`, with or without a gradient or packed segments."""
+def choose(
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    gradient: bool = False,
+    segments: bool = False,
+    channels: int = SMALLEST,
+) -> Choice:
+    """Which implementation of `op` runs for tensors on `device`, with or without a gradient or packed segments.
+
+    channels: the fewest that a delta head has as key or value.
+    """
     pinned = _pinned(op)
     if pinned:
         return Choice(pinned, "pinned")
-    if op != "delta_rule":
-        return Choice("reference", "the only implementation")
     if device.type != "cuda":
-        return Choice("reference", f"plain torch, in chunks: device is {device.type}")
+        return Choice("reference", f"plain torch: device is {device.type}")
     if gradient:
-        return Choice("reference", "plain torch: FLA's backward is wrong or refused on Hopper before triton 3.7.1")
+        return Choice("reference", "plain torch: the kernels have no backward")
     if segments:
         return Choice("reference", "plain torch: packed segments")
-    if importlib.util.find_spec("fla") is None:
-        return Choice("reference", "plain torch: fla-core is not installed (pip install 'infinitevl[gpu]')")
-    return Choice("fla", "CUDA, forward only")
+    if dtype not in HALF and op != "place":
+        return Choice("reference", f"plain torch: the kernels are for 16-bit models, this is {dtype}")
+    if channels < SMALLEST:
+        return Choice("reference", f"plain torch: delta heads of {channels} channels, the kernels want {SMALLEST}")
+    if importlib.util.find_spec("triton") is None:
+        return Choice("reference", "plain torch: triton is not installed")
+    return Choice("triton", "CUDA, 16 bit, no gradient")
 
 
 @contextmanager
 def pinned(**implementations: str) -> Iterator[None]:
-    """Within the block, run the named implementation of an op: `with pinned(delta_rule="recurrent"): ...`."""
+    """Within the block, run the named implementation of an op: `with pinned(gated_delta="recurrent"): ...`."""
     for op, name in implementations.items():
         if name not in IMPLEMENTATIONS.get(op, ()):
             raise ValueError(f"no implementation {name!r} of op {op!r}; there are {IMPLEMENTATIONS.get(op, OPS)}")
@@ -68,54 +90,93 @@ def pinned(**implementations: str) -> Iterator[None]:
         _pins.reset(token)
 
 
-def attend(
-    *,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_index: Tensor,
-    k_index: Tensor,
-    window: int | None,
-    sinks: int,
-    q_segment: Tensor | None,
-    k_segment: Tensor | None,
-) -> Tensor:
-    """Softmax attention masked by token index; see `reference.attend`."""
-    return reference.attend(
-        q=q,
-        k=k,
-        v=v,
-        q_index=q_index,
-        k_index=k_index,
-        window=window,
-        sinks=sinks,
-        q_segment=q_segment,
-        k_segment=k_segment,
-    )
+def _asks_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-def delta_rule(
-    *, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, segment: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The gated delta rule; see `reference.delta_rule_recurrent` for what it computes."""
-    gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, g, beta, state))
-    name = choose("delta_rule", q.device, gradient, segment is not None).name
-    if name == "fla":
-        from infinitevl.ops import fla
-
-        run = fla.delta_rule
+def rms_norm(*, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMS norm; see `reference.rms_norm`."""
+    if choose("rms_norm", x.device, x.dtype, _asks_gradient(x, weight)).name == "triton":
+        from infinitevl.ops.triton.linear import rms_norm as run
     else:
-        run = reference.delta_rule_recurrent if name == "recurrent" else reference.delta_rule
-    return run(q=q, k=k, v=v, g=g, beta=beta, state=state, segment=segment)
+        run = reference.rms_norm
+    return run(x=x, weight=weight, eps=eps)
 
 
-def causal_conv(
-    *, x: Tensor, weight: Tensor, tail: Tensor, present: Tensor | None, segment: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Depthwise causal convolution and SiLU; see `reference.causal_conv`."""
-    return reference.causal_conv(x=x, weight=weight, tail=tail, present=present, segment=segment)
+def linear(
+    *,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm: tuple[Tensor, float] | None = None,
+    gated: bool = False,
+    onto: Tensor | None = None,
+) -> Tensor:
+    """A product with what stands around it in a block: norm before, gated SiLU after, sum at the end; see `reference`.
+
+    `onto` is consumed.
+    """
+    gradient = _asks_gradient(x, weight, bias, norm[0] if norm else None, onto)
+    if choose("linear", x.device, x.dtype, gradient).name == "triton":
+        from infinitevl.ops.triton.linear import linear as run
+    else:
+        run = reference.linear
+    return run(x=x, weight=weight, bias=bias, norm=norm, gated=gated, onto=onto)
 
 
-def gated_norm(*, x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Gated RMS norm of each head; see `reference.gated_norm`."""
-    return reference.gated_norm(x=x, gate=gate, weight=weight, eps=eps)
+def angles(*, positions: Tensor, frequency: Tensor, sections: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of multimodal RoPE; see `reference.angles`."""
+    run = _where(positions).angles
+    return run(positions=positions, frequency=frequency, sections=sections)
+
+
+def place(*, positions: Tensor, seen: Tensor, clock: Tensor, held: Tensor, sinks: int) -> Placed:
+    """Indices and slots of a chunk; see `reference.place`."""
+    return _where(positions).place(positions=positions, seen=seen, clock=clock, held=held, sinks=sinks)
+
+
+def _where(positions: Tensor) -> Any:
+    """Where `angles` and `place` come from."""
+    if choose("place", positions.device, torch.int64).name == "triton":
+        from infinitevl.ops.triton import place as module
+
+        return module
+    return reference
+
+
+def attend_patches(*, qkv: Tensor, cos: Tensor, sin: Tensor, windows: Windows | None, width: int) -> Tensor:
+    """Rotary attention of patches within their windows or their frame; see `reference.attend_patches`."""
+    if choose("attend_patches", qkv.device, qkv.dtype, _asks_gradient(qkv)).name == "triton":
+        from infinitevl.ops.triton.vision import attend_patches as run
+    else:
+        run = reference.attend_patches
+    return run(qkv=qkv, cos=cos, sin=sin, windows=windows, width=width)
+
+
+def attend(
+    *, q: Tensor, k: Tensor, v: Tensor, where: Where, state: Window | None, window: int | None, sinks: int
+) -> tuple[Tensor, Window | None]:
+    """Rotary softmax attention over ring ++ chunk, then the chunk into the ring; see `reference.attend_window`."""
+    gradient = _asks_gradient(q, k, v, *(state or ()))
+    if choose("attend", q.device, q.dtype, gradient, where.segment is not None).name == "triton":
+        from infinitevl.ops.triton.attention import attend as run
+    else:
+        run = reference.attend_window
+    return run(q=q, k=k, v=v, where=where, state=state, window=window, sinks=sinks)
+
+
+def gated_delta(*, projected: Projected, weights: DeltaWeights, where: Where, state: Delta) -> tuple[Tensor, Delta]:
+    """Convolution, gates, the gated delta rule and the gated norm; see `reference.gated_delta`."""
+    q = projected.q
+    tensors = (*projected, *weights[:-1], *state)
+    gradient, channels = _asks_gradient(*tensors), min(state.state.shape[2:])
+    name = choose("gated_delta", q.device, q.dtype, gradient, where.segment is not None, channels).name
+    if name == "triton":
+        from infinitevl.ops.triton.delta import delta_mixer
+
+        return delta_mixer(projected=projected, weights=weights, where=where, state=state)
+    if name == "fla":
+        from infinitevl.ops.fla import delta_rule as rule
+    else:
+        rule = reference.delta_rule_recurrent if name == "recurrent" else reference.delta_rule
+    return reference.gated_delta(projected=projected, weights=weights, where=where, state=state, rule=rule)

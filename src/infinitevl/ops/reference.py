@@ -5,12 +5,74 @@ Softmax and delta arithmetic is float32 whatever comes in; results return in the
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from infinitevl import memory
+from infinitevl.memory import Delta, Window
+from infinitevl.ops.where import DeltaWeights, Placed, Projected, Where, Windows
+
 QUERY_BLOCK = 1024  # queries per mask: a T x T mask would be 1 GiB at 32,768 tokens
 CHUNK = 64  # tokens solved at once by the chunked delta rule
+L2_EPS = 1e-6
+
+
+def rms_norm(*, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [..., D] / rms(x) * weight: the root in float32, the product with the weight in x's dtype."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return wide.to(x.dtype) * weight
+
+
+def linear(
+    *,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: tuple[Tensor, float] | None,
+    gated: bool,
+    onto: Tensor | None,
+) -> Tensor:
+    """onto + act(norm(x) weight^T + bias): x [..., D], weight [N, D], bias [N], norm an RMS norm's (weight [D], eps).
+
+    gated: the first half of the N channels is a gate, silu(gate) * rest, and N / 2 come out. onto: as the result.
+    """
+    y = x if norm is None else rms_norm(x=x, weight=norm[0], eps=norm[1])
+    y = F.linear(y, weight, bias)
+    if gated:
+        gate, up = y.chunk(2, dim=-1)
+        y = F.silu(gate) * up
+    return y if onto is None else onto + y
+
+
+def angles(*, positions: Tensor, frequency: Tensor, sections: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    """Cosine and sine float32 [B, T, hd] of mRoPE positions [3, B, T]: each range of the hd / 2 frequencies (float64)
+    follows time, row or column. The phase is float64: float32 is off by 0.02 rad at position 1e6."""
+    parts = zip(positions.double()[..., None], frequency.split(list(sections)), strict=True)
+    half = torch.cat([axis * part for axis, part in parts], dim=-1)
+    phase = torch.cat([half, half], dim=-1)
+    return phase.cos().float(), phase.sin().float()
+
+
+def place(*, positions: Tensor, seen: Tensor, clock: Tensor, held: Tensor, sinks: int) -> Placed:
+    """Where a chunk of positions [3, B, T], all of whose tokens are there, stands after `seen` [B] tokens, and what the
+    ring's index `held` [B, W] and the clock [B] are after it."""
+    length = positions.shape[2]
+    index = seen[:, None] + torch.arange(length, device=seen.device)
+    target = memory.target_slots(index, held, sinks)
+    clock = torch.maximum(clock, positions.amax((0, 2)) + 1)
+    return Placed(index, target, memory.write(held, target, index), seen + length, clock)
+
+
+def rotate(*, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [B, T, H, hd] rotated by its tokens' angles [B, T, hd] (rotate-half), in float32, returned in x's dtype."""
+    wide = x.float()
+    first, second = wide.chunk(2, dim=-1)
+    turned = torch.cat([-second, first], dim=-1)
+    return (wide * cos[:, :, None] + turned * sin[:, :, None]).to(x.dtype)
 
 
 def visible(q_index: Tensor, k_index: Tensor, window: int | None, sinks: int) -> Tensor:
@@ -55,6 +117,68 @@ def attend(
             mask = mask & (q_segment[:, part, None] == k_segment[:, None, :])
         outputs.append(F.scaled_dot_product_attention(q[:, :, part], k, v, attn_mask=mask[:, None]))
     return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+def attend_window(
+    *, q: Tensor, k: Tensor, v: Tensor, where: Where, state: Window | None, window: int | None, sinks: int
+) -> tuple[Tensor, Window | None]:
+    """A chunk rotates, attends over ring ++ chunk, and only then is written: any chunking gives the same result.
+
+    q [B, T, H, hd]; k, v [B, T, G, hd], not rotated -> [B, T, H, hd] and the window after (None stays None).
+    """
+    q, k = (rotate(x=x, cos=where.cos, sin=where.sin) for x in (q, k))
+    keys, values, k_index = k, v, where.index
+    if state is not None:
+        assert where.held is not None and where.target is not None
+        keys, values = torch.cat([state.keys, k], dim=1), torch.cat([state.values, v], dim=1)
+        k_index = torch.cat([where.held, where.index], dim=1)
+        state = Window(memory.write(state.keys, where.target, k), memory.write(state.values, where.target, v))
+    out = attend(
+        q=q,
+        k=keys,
+        v=values,
+        q_index=where.index,
+        k_index=k_index,
+        window=window,
+        sinks=sinks,
+        q_segment=where.segment,
+        k_segment=where.segment,
+    )
+    return out, state
+
+
+def attend_patches(*, qkv: Tensor, cos: Tensor, sin: Tensor, windows: Windows | None, width: int) -> Tensor:
+    """Patches of a frame attend to those of their window, or (None) to all: qkv [F, P, 3, H, hd], q and k not rotated
+    -> [F, P, width]: H * hd channels and, where `width` is more, a 1 and zeros. cos, sin float32 [1, P, hd]."""
+    q, k, v = qkv.unbind(2)
+    return padded(attend_rotated(rotate(x=q, cos=cos, sin=sin), rotate(x=k, cos=cos, sin=sin), v, windows), width)
+
+
+def padded(x: Tensor, width: int) -> Tensor:
+    """[F, P, H, hd] -> [F, P, width] as `attend_patches` returns it."""
+    x = x.flatten(2)
+    more = width - x.shape[-1]
+    return x if not more else torch.cat([x, x.new_ones(*x.shape[:2], 1), x.new_zeros(*x.shape[:2], more - 1)], dim=-1)
+
+
+def attend_rotated(q: Tensor, k: Tensor, v: Tensor, windows: Windows | None) -> Tensor:
+    """`attend_patches` once q and k are rotated: [F, P, H, hd] each."""
+    if windows is None:
+        return _softmax(q, k, v, None)
+    frames, count = q.shape[0], windows.place.shape[0]
+    if windows.there is None:
+        q, k, v = (x.unflatten(1, (count, -1)).flatten(0, 1) for x in (q, k, v))
+        return _softmax(q, k, v, None).unflatten(0, (frames, count)).flatten(1, 2)
+    q, k, v = (x[:, windows.place].flatten(0, 1) for x in (q, k, v))
+    mask = windows.there[:, None, None, :].repeat(frames, 1, 1, 1)
+    out = _softmax(q, k, v, mask).unflatten(0, (frames, count))
+    return out.flatten(1, 2)[:, windows.there.flatten()]
+
+
+def _softmax(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """[N, P, H, hd] each -> [N, P, H, hd]."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
 
 def delta_rule_recurrent(
@@ -180,3 +304,47 @@ def gated_norm(*, x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor
     wide = x.float()
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (wide * weight.float() * F.silu(gate.float())).to(gate.dtype)
+
+
+def l2_normalised(x: Tensor) -> Tensor:
+    """x [..., K] in float32, divided by its length; the epsilon is inside the root."""
+    x = x.float()
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2_EPS)
+
+
+def gates(a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Log decay g, write strength beta, float32 [B, T, H]; a token that is not there decays and writes nothing."""
+    g = -A_log.exp() * F.softplus(a.float() + dt_bias)
+    beta = b.float().sigmoid()
+    if present is None:
+        return g, beta
+    return g * present[..., None], beta * present[..., None]
+
+
+def gated_delta(
+    *,
+    projected: Projected,
+    weights: DeltaWeights,
+    where: Where,
+    state: Delta,
+    rule: Callable[..., tuple[Tensor, Tensor]],
+) -> tuple[Tensor, Delta]:
+    """All of a delta mixer between its projections and its last one -> [B, T, H, V] and the state after the chunk.
+
+    Convolution and SiLU on q, k, v; unit q (times K^-0.5) and k; the gated delta rule; gated norm of each head.
+    """
+    heads = projected.a.shape[-1]
+    parts = projected[:3]
+    joined, tail = causal_conv(
+        x=torch.cat(parts, dim=-1),
+        weight=torch.cat([weights.q_conv, weights.k_conv, weights.v_conv]),
+        tail=state.tail,
+        present=where.present,
+        segment=where.segment,
+    )
+    q, k, v = (x.unflatten(-1, (heads, -1)) for x in joined.split([x.shape[-1] for x in parts], dim=-1))
+    g, beta = gates(projected.a, projected.b, weights.A_log, weights.dt_bias, where.present)
+    q, k = l2_normalised(q) * q.shape[-1] ** -0.5, l2_normalised(k)
+    out, after = rule(q=q, k=k, v=v, g=g, beta=beta, state=state.state, segment=where.segment)
+    gate = projected.gate.unflatten(-1, (heads, -1))
+    return gated_norm(x=out, gate=gate, weight=weights.norm, eps=weights.eps), Delta(tail, after)
