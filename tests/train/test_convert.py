@@ -19,10 +19,12 @@ from torch import Tensor
 
 import infinitevl
 from infinitevl import cli, weights
-from infinitevl.attention import Where
 from infinitevl.config import DELTA, SOFTMAX, infinitevl_4b, teacher_3b, tiny
 from infinitevl.delta import DeltaMixer
+from infinitevl.layers import RMSNorm
 from infinitevl.model import Model
+from infinitevl.ops import reference
+from infinitevl.ops.where import Where
 from infinitevl.processor import load_processor
 from infinitevl.train.convert import REPORT, ConvertError, Init, convert, every_fourth, student_config
 from infinitevl.video import Frame
@@ -198,7 +200,7 @@ def test_reference_start(teacher: Teacher, tmp_path: Path) -> None:
     assert torch.equal(mixer.A_log.exp(), torch.ones(teacher.shape.heads))
     torch.testing.assert_close(F.softplus(mixer.dt_bias), torch.full((teacher.shape.heads,), 0.001), rtol=1e-4, atol=0)
     hidden = torch.randn(1, 3, teacher.shape.heads * DIM)
-    g, beta = mixer._gates(hidden, None)
+    g, beta = reference.gates(mixer.a(hidden), mixer.b(hidden), mixer.A_log, mixer.dt_bias, None)
     torch.testing.assert_close(g.exp(), torch.full_like(g, 0.999), rtol=1e-5, atol=0)
     assert torch.equal(beta, torch.full_like(beta, 0.5)) and torch.equal(mixer.norm, torch.ones(2 * DIM))
     for conv in (mixer.q_conv, mixer.k_conv, mixer.v_conv):
@@ -229,10 +231,10 @@ def test_teacher_start(teacher: Teacher, tmp_path: Path) -> None:
             "g.weight": gate.flatten(0, 2),
         }
     )
-    where = Where((torch.empty(0), torch.empty(0)), torch.arange(12)[None])
-    hidden = torch.randn(1, 12, shape.heads * DIM)
-    right, got = half(hidden, where, None)[0], mixer(hidden, where, None)[0]
-    assert right.std() > 0.05
+    where = Where(torch.empty(0), torch.empty(0), torch.arange(12)[None])
+    hidden, norm = torch.randn(1, 12, shape.heads * DIM), RMSNorm(shape.heads * DIM, 1e-6)
+    right, got = (each(hidden, norm, where, None)[0] for each in (half, mixer))
+    assert (right - hidden).std() > 0.05
     torch.testing.assert_close(got, right, atol=1e-5, rtol=1e-5)
 
 

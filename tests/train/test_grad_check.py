@@ -45,12 +45,12 @@ class _Halved(torch.autograd.Function):
 @pytest.mark.parametrize("of", ["k", "g"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_wrong_gradient_is_refused(of: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = ops.delta_rule
+    right = ops.rule("reference")
 
     def wrong(**given: Tensor) -> tuple[Tensor, Tensor]:
         return right(**given | {of: _Halved.apply(given[of])})  # type: ignore[arg-type]
 
-    monkeypatch.setattr(ops, "delta_rule", wrong)
+    monkeypatch.setattr(ops, "rule", lambda name: wrong)
     with pytest.raises(GradientError, match=f"the delta rule's gradient in {of} by 'reference' is off by 0.1"):
         guard(TEXT, CPU, dtype)
 
@@ -60,13 +60,13 @@ def test_a_gradient_that_is_not_a_number_is_refused(monkeypatch: pytest.MonkeyPa
         out, state = reference.delta_rule(**given)  # type: ignore[arg-type]
         return out * (out - out).abs().sqrt().exp(), state  # 1, with an infinite slope
 
-    monkeypatch.setattr(ops, "delta_rule", wrong)
+    monkeypatch.setattr(ops, "rule", lambda name: wrong)
     with pytest.raises(GradientError, match="off by nan"):
         guard(TEXT, CPU, torch.float32)
 
 
 def test_flas_backward_is_refused_before_anything_is_written(toy_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    with ops.pinned(delta_rule="fla"), pytest.raises(GradientError, match="would be FLA's, wrong on Hopper"):
+    with ops.pinned(gated_delta="fla"), pytest.raises(GradientError, match="would be FLA's, wrong on Hopper"):
         train(toy_recipe("stage1_layers"), tmp_path / "run", tell=lambda line: None)
     assert not (tmp_path / "run").exists()
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from infinitevl import ops
 from infinitevl.config import TextConfig
-from infinitevl.delta import l2_normalised
 from infinitevl.ops import reference
 
 INPUTS = ("q", "k", "v", "g", "beta")
@@ -29,7 +28,7 @@ class GradientError(RuntimeError):
 
 def guard(text: TextConfig, device: torch.device, dtype: torch.dtype) -> None:
     """Refuse to start where the delta rule's gradient cannot be trusted on this device."""
-    choice = ops.choose("delta_rule", device, gradient=True, segments=True)
+    choice = _choice(device, dtype)
     if choice.name == "fla":
         raise GradientError("the delta rule's backward would be FLA's, wrong on Hopper before triton 3.7.1: unpin it")
     found = errors(device, TOKENS, 2, text.delta_key_dim, text.delta_value_dim, dtype)
@@ -46,12 +45,17 @@ def errors(
 ) -> dict[str, float]:
     """Error of each input's gradient against a float64 recurrence, over the greatest entry of that gradient."""
     inputs, segment, weight = _case(device, tokens, heads, key_dim, value_dim, dtype)
-    got = _gradients(ops.delta_rule, inputs, segment, weight, torch.float32)
+    got = _gradients(ops.rule(_choice(device, dtype).name), inputs, segment, weight, torch.float32)
     wide = [each.double() for each in inputs]
     right = _gradients(reference.delta_rule_recurrent, wide, segment, weight.double(), torch.float64)
     return {
         name: float((a.double() - b).abs().max() / b.abs().max()) for name, a, b in zip(INPUTS, got, right, strict=True)
     }
+
+
+def _choice(device: torch.device, dtype: torch.dtype) -> ops.Choice:
+    """What trains: a chunk of packed segments that asks for gradients."""
+    return ops.choose("gated_delta", device, dtype, gradient=True, segments=True)
 
 
 def _case(
@@ -63,7 +67,7 @@ def _case(
     def draw(*shape: int) -> Tensor:
         return torch.randn(1, tokens, heads, *shape, generator=random).to(device)
 
-    q, k = l2_normalised(draw(key_dim)) * key_dim**-0.5, l2_normalised(draw(key_dim))
+    q, k = reference.l2_normalised(draw(key_dim)) * key_dim**-0.5, reference.l2_normalised(draw(key_dim))
     # half-lives from 1 token to 1,000: state that lasts and state that goes
     g = -F.softplus(3 * draw() - 5)
     segment = (torch.arange(tokens, device=device) >= tokens // 3)[None].long()

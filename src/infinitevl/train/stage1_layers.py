@@ -31,7 +31,7 @@ def loss(student: Model, teacher: Model | None, batch: Batch, recipe: Recipe) ->
         hidden, where = embedded(teacher, batch), place(student, batch)
     for mixer, mine, theirs in zip(student.config.text.layers, student.blocks, teacher.blocks, strict=True):
         with torch.no_grad():
-            after, _ = theirs(hidden, where, None)
+            after, _ = theirs(hidden.clone(), where, None)  # a block may write in place, and `mine` reads it too
         if mixer == DELTA:
             yield squared_error(mine(hidden, where, None)[0], after, batch.real)
         hidden = after
