@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 EXITS = (
     "Exit codes: 0 all went well; 1 an unexpected error (--debug shows where); 2 a command or source that cannot be "
     "used (no picture in it could be decoded); 3 a checkpoint that cannot be loaded; 4 a memory file that cannot be "
-    "used; 5 a source that broke off or is damaged (what could be decoded was watched); 130 ended by Ctrl-C or SIGTERM."
+    "used; 5 a source that broke off or is damaged (what could be decoded was watched); 6 a training run whose losses "
+    "or gradients were not finite; 130 ended by Ctrl-C or SIGTERM."
 )
-UNEXPECTED, BAD_INPUT, BAD_CHECKPOINT, BAD_MEMORY, BROKEN_OFF, INTERRUPTED = 1, 2, 3, 4, 5, 130
+UNEXPECTED, BAD_INPUT, BAD_CHECKPOINT, BAD_MEMORY, BROKEN_OFF, DIVERGED, INTERRUPTED = 1, 2, 3, 4, 5, 6, 130
 REASONS = {"end": 0, "broken": BROKEN_OFF, "interrupted": INTERRUPTED}
 
 app = typer.Typer(
@@ -44,6 +45,11 @@ app.add_typer(evaluations, name="eval")
 class Precision(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
+
+
+class Init(StrEnum):
+    reference = "reference"
+    teacher = "teacher"
 
 
 ModelName = Annotated[str, typer.Option("--model", help="A checkpoint: tiny (comes along), a folder or a hub id.")]
@@ -232,6 +238,57 @@ def synth(
         print(f"{out}: {frames} s at {fps} frames a second; {asked}")
 
 
+@app.command(epilog=EXITS)
+def convert(
+    teacher: Annotated[str, typer.Argument(metavar="TEACHER", help="A Qwen2.5-VL: a folder or a hub id.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make; one that is there is refused.")],
+    layers: Annotated[
+        str | None,
+        typer.Option(help="Layers that stay softmax, such as 0,4,8, or none (default: every fourth from 0)."),
+    ] = None,
+    init: Annotated[
+        Init, typer.Option(help="Start q, k, v, o of the delta layers at random, or from the teacher's.")
+    ] = Init.reference,
+    window: Annotated[int, typer.Option(min=1, help="Tokens that the softmax layers see.")] = 8192,
+    seed: Annotated[int, typer.Option(help="Of what is drawn at random.")] = 0,
+    debug: Debug = False,
+) -> None:
+    """Make an untrained InfiniteVL of a Qwen2.5-VL: most softmax layers give way to delta layers, the rest is kept.
+
+    OUT/conversion.json lists every tensor: copied, derived or new.
+    """
+    with _one_line(debug):
+        from infinitevl.train import convert as conversion
+
+        kind = conversion.Init(init.value)
+        print(conversion.convert(teacher, out, layers=_numbers(layers), init=kind, window=window, seed=seed).summary())
+
+
+@app.command(epilog=EXITS)
+def train(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="stage1_layers, stage1_layers_tiny, and so on.")],
+    changes: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe, such as student=FOLDER data=chat.jsonl."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Checkpoints and log go to this folder (default: runs/RECIPE).")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint there.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Train one stage: 1a (stage1_layers), 1b (stage1_logits), 2 (stage2_instruct) or 3 (stage3_long), each also _tiny.
+
+    SIGTERM and Ctrl-C save and end it; --resume goes on to the bit. On several GPUs: torchrun --nproc-per-node=N
+    -m infinitevl train ...
+    """
+    with _one_line(debug):
+        from infinitevl.train import loop, recipes
+
+        chosen = recipes.recipe(recipe, changes or ())
+        raise typer.Exit(REASONS[loop.train(chosen, out or Path("runs") / recipe, resume).reason])
+
+
 @evaluations.command(epilog=EXITS)
 def heldout(
     model: ModelName = "tiny",
@@ -279,6 +336,18 @@ def _place(device: str | None, dtype: Precision | None) -> tuple[str, torch.dtyp
     return name, None if dtype is None else getattr(torch, dtype)
 
 
+def _numbers(words: str | None) -> list[int] | None:
+    """The layers of --layers: numbers with commas between, or "none"."""
+    from infinitevl.watch import InputError
+
+    if words is None:
+        return None
+    try:
+        return [] if words == "none" else [int(word) for word in words.split(",")]
+    except ValueError:
+        raise InputError(f"--layers {words!r}: give numbers with commas between, such as 0,4,8, or none") from None
+
+
 # Errors
 
 
@@ -307,14 +376,22 @@ def _code(error: Exception) -> int:
     from infinitevl.config import ConfigError
     from infinitevl.memory import MemoryFileError
     from infinitevl.report import ReportError
+    from infinitevl.train.checkpoint import ResumeError
+    from infinitevl.train.convert import ConvertError
+    from infinitevl.train.data import DataError
+    from infinitevl.train.grad_check import GradientError
+    from infinitevl.train.loop import DivergedError
+    from infinitevl.train.recipes import RecipeError
     from infinitevl.video import VideoError
     from infinitevl.watch import InputError
     from infinitevl.weights import CheckpointError
 
     kinds: dict[Any, int] = {
-        (VideoError, InputError, ReportError, OSError, ImportError): BAD_INPUT,
+        (VideoError, InputError, ReportError, ConvertError, OSError, ImportError): BAD_INPUT,
+        (RecipeError, DataError, ResumeError, GradientError): BAD_INPUT,
         (CheckpointError, ConfigError): BAD_CHECKPOINT,
         (MemoryFileError,): BAD_MEMORY,
+        (DivergedError,): DIVERGED,
     }
     return next((code for kind, code in kinds.items() if isinstance(error, kind)), UNEXPECTED)
 

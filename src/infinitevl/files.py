@@ -1,8 +1,9 @@
-"""Files that are whole or absent: written beside their place, then renamed."""
+"""Files and folders that are whole or absent: written beside their place, then renamed."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,3 +21,21 @@ def written_aside(path: str | Path) -> Iterator[Path]:
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def folder_written_aside(path: str | Path) -> Iterator[Path]:
+    """An empty folder to fill; at the end of the block it becomes `path`, on an error it is removed.
+
+    FileExistsError where there is something at `path` already: nothing is ever overwritten.
+    """
+    path = Path(path)
+    if path.exists():
+        raise FileExistsError(f"{path} is there already: name a folder that is not, or remove it")
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        os.rename(aside, path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)

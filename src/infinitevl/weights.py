@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors
 import safetensors.torch
@@ -169,18 +170,50 @@ def _download(name: str) -> Path:
         ) from None
 
 
+class Stored(NamedTuple):
+    """A tensor of a checkpoint that is not read yet. like: its shape and dtype, on the meta device."""
+
+    path: Path
+    key: str
+    like: Tensor
+
+    def read(self) -> Tensor:
+        """The tensor, on the CPU; its file stays mapped only as long as it lives."""
+        with _opened(self.path, torch.device("cpu")) as file:
+            return file.get_tensor(self.key)
+
+
+def stored(folder: Path) -> dict[str, Stored]:
+    """Every tensor of a folder by its name there, unread: constant memory for a checkpoint of any size.
+
+    Raises CheckpointError for a file that is missing or damaged.
+    """
+    return {
+        key: Stored(path, key, tensor.to("meta")) for path, key, tensor in _placed_tensors(folder, torch.device("cpu"))
+    }
+
+
 def _tensors(folder: Path, device: torch.device) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a folder, from one file or from the shards its index names."""
+    return ((key, tensor) for _, key, tensor in _placed_tensors(folder, device))
+
+
+def _placed_tensors(folder: Path, device: torch.device) -> Iterator[tuple[Path, str, Tensor]]:
+    """Every tensor of a folder with its file and its name there. On the CPU they are mapped, and read when used."""
     for name in _weight_files(folder):
-        path = folder / name
-        if not path.exists():
-            raise CheckpointError(f"{path}: weights are missing")
-        try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                for key in file.keys():  # noqa: SIM118 (not a dict)
-                    yield key, file.get_tensor(key)
-        except safetensors.SafetensorError as error:
-            raise CheckpointError(f"{path}: damaged: {error}") from None
+        with _opened(folder / name, device) as file:
+            yield from ((folder / name, key, file.get_tensor(key)) for key in file.keys())  # noqa: SIM118 (not a dict)
+
+
+@contextmanager
+def _opened(path: Path, device: torch.device) -> Iterator[Any]:
+    if not path.exists():
+        raise CheckpointError(f"{path}: weights are missing")
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            yield file
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"{path}: damaged: {error}") from None
 
 
 def _weight_files(folder: Path) -> list[str]:
@@ -197,19 +230,35 @@ def save(model: Model, folder: str | Path, shard_bytes: int = 4 << 30) -> None:
     """Write config, weights (published layout, in shards of at most `shard_bytes`) and processor to a folder."""
     folder, processor = Path(folder), model.processor
     folder.mkdir(parents=True, exist_ok=True)
-    shards = _shards({name: t.cpu().contiguous() for name, t in to_disk(model).items()}, shard_bytes)
+    tensors = to_disk(model)
+    write_tensors(folder, tensors, lambda name: tensors[name].cpu().contiguous(), shard_bytes)
+    write_config(folder, model.config, model.dtype)
+    save_processor(processor, folder)
+
+
+def write_tensors(
+    folder: Path, like: Mapping[str, Tensor], tensor: Callable[[str], Tensor], shard_bytes: int = 4 << 30
+) -> None:
+    """Write tensors to a folder in shards of at most `shard_bytes` (a larger tensor has its own), with their index.
+
+    like: tensors of the names, shapes and dtypes to write, meta ones will do; tensor: called for each name when its
+    shard is written, so that no more than one shard is in memory.
+    """
+    shards = _shards(like, shard_bytes)
     names = _shard_names(len(shards))
-    for name, shard in zip(names, shards, strict=True):
+    for name, keys in zip(names, shards, strict=True):
         with written_aside(folder / name) as aside:
-            safetensors.torch.save_file(shard, aside, metadata={"format": "pt"})
+            safetensors.torch.save_file({key: tensor(key) for key in keys}, aside, metadata={"format": "pt"})
     if len(shards) > 1:
-        weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-        total = sum(t.nbytes for shard in shards for t in shard.values())
+        weight_map = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
+        total = sum(like[key].nbytes for key in weight_map)
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     _remove_stale(folder, {*names, INDEX} if len(shards) > 1 else set(names))
-    dtype = str(model.dtype).removeprefix("torch.")
-    _write_json(folder / "config.json", config_to_json(model.config) | {"dtype": dtype})
-    save_processor(processor, folder)
+
+
+def write_config(folder: Path, config: ModelConfig, dtype: torch.dtype) -> None:
+    """Write config.json; `dtype`, that of the weights, is for other software."""
+    _write_json(folder / "config.json", config_to_json(config) | {"dtype": str(dtype).removeprefix("torch.")})
 
 
 def _remove_stale(folder: Path, names: set[str]) -> None:
@@ -219,14 +268,15 @@ def _remove_stale(folder: Path, names: set[str]) -> None:
             path.unlink(missing_ok=True)
 
 
-def _shards(tensors: dict[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
-    shards: list[dict[str, Tensor]] = [{}]
+def _shards(tensors: Mapping[str, Tensor], limit: int) -> list[list[str]]:
+    """The names of each shard, in order."""
+    shards: list[list[str]] = [[]]
     size = 0
     for name, tensor in tensors.items():
         if shards[-1] and size + tensor.nbytes > limit:
-            shards.append({})
+            shards.append([])
             size = 0
-        shards[-1][name] = tensor
+        shards[-1].append(name)
         size += tensor.nbytes
     return shards
 

@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "stream": STREAM,
     "batch": STREAM,
     "synth": BASE,
-    "train": TASKS,
+    "train": TASKS | {"synth"},
     "eval": TASKS | {"__init__", "synth"},
     "hf": STREAM,
     "serve": TASKS,

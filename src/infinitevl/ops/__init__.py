@@ -12,7 +12,7 @@ consumed, and projections are fresh.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -175,8 +175,13 @@ def gated_delta(*, projected: Projected, weights: DeltaWeights, where: Where, st
         from infinitevl.ops.triton.delta import delta_mixer
 
         return delta_mixer(projected=projected, weights=weights, where=where, state=state)
+    return reference.gated_delta(projected=projected, weights=weights, where=where, state=state, rule=rule(name))
+
+
+def rule(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The delta rule alone as an implementation of `gated_delta` computes it; see `reference.delta_rule_recurrent`."""
     if name == "fla":
-        from infinitevl.ops.fla import delta_rule as rule
-    else:
-        rule = reference.delta_rule_recurrent if name == "recurrent" else reference.delta_rule
-    return reference.gated_delta(projected=projected, weights=weights, where=where, state=state, rule=rule)
+        from infinitevl.ops import fla
+
+        return fla.delta_rule
+    return {"reference": reference.delta_rule, "recurrent": reference.delta_rule_recurrent}[name]
