@@ -22,7 +22,8 @@ from infinitevl.memory import Memory
 from infinitevl.model import Model
 from infinitevl.processor import Ids, Size
 from infinitevl.record import Recorded, Replayed, overwrite, record
-from infinitevl.stream import Answer, Eager, Stream, TimeError, Turns, begin, frame_step, last_time
+from infinitevl.step import frame_step, tables
+from infinitevl.stream import Answer, Eager, Stream, TimeError, Turns, begin, last_time
 from infinitevl.video import Frame
 
 
@@ -61,6 +62,7 @@ class StreamBatch:
         self._times: dict[int, float | None] = {}  # the open slots, and when each one's latest frame was
         self._size = size
         self._recorded: Recorded | None = None
+        self._tables: tuple[object, ...] = ()
         self._eager = eager or model.device.type != "cuda"
         asked = model.empty_memory()  # a copy of the row that the latest question is about
         self._asker: Any = Eager(model, asked) if self._eager else Replayed(model, asked)
@@ -178,6 +180,7 @@ class StreamBatch:
         if memory is not self._memory:
             self._copy(self._memory, memory)
         if self._recorded is None:
+            self._tables = tables(self.model, inputs[0])
             self._recorded = record(lambda *rest: (frame_step(self.model, *rest),), self._memory, *inputs)
         self._recorded(*inputs)
         return self._memory

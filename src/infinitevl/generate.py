@@ -39,11 +39,10 @@ GREEDY = Sampling()
 CHUNK = 8192  # tokens of a long text that go through the model at once
 
 
-def pick(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """logits [B, vocab] -> ids [B]."""
+def pick(logits: Tensor, sampling: Sampling, chance: Tensor) -> Tensor:
+    """logits [B, vocab], chance [B, 1] in [0, 1) -> ids [B]."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    chance = torch.rand(len(logits), 1, device=logits.device, generator=generator)
     return draw(logits, chance, sampling.temperature, sampling.top_p)
 
 
@@ -103,9 +102,9 @@ def decode(
     memory: of one row, given up to this call. hidden [1, D]: of the last token fed.
     """
     generator = sampling.generator(model.device)
-    for _ in range(at_most):
+    for chance in torch.rand(max(at_most, 0), 1, 1, device=model.device, generator=generator):
         with torch.no_grad():
-            token = int(pick(model.logits(hidden), sampling, generator))
+            token = int(pick(model.logits(hidden), sampling, chance))
         if token in model.config.stop_tokens:
             break
         yield token

@@ -30,11 +30,14 @@ class Joint(NamedTuple):
 
 
 def _is(linear: nn.Module, part: tuple[Tensor, Tensor | None]) -> bool:
-    if type(linear) is not nn.Linear or (torch.is_grad_enabled() and linear.weight.requires_grad):
+    if type(linear) is not nn.Linear:
+        return False
+    now = (linear.weight, linear.bias)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in now):
         return False
     return all(
-        now is None or (then is not None and now.data_ptr() == then.data_ptr())
-        for now, then in zip((linear.weight, linear.bias), part, strict=True)
+        (x is None) == (y is None) and (x is None or y is None or x.data_ptr() == y.data_ptr())
+        for x, y in zip(now, part, strict=True)
     )
 
 

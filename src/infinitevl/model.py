@@ -5,6 +5,7 @@ One class for the published model, its Transformer teacher and the tiny one: the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -80,11 +81,22 @@ class Model(nn.Module):
     def fuse(self) -> Model:
         """Lay weights that read one input side by side, and pad what the hardware wants padded; returns the model.
 
-        Parameters become views: names, shapes and saved files stay. Call it after the last move to a device or dtype.
+        Parameters become views: names, shapes and saved files stay. Call it after the last move to a device or dtype,
+        which undoes it, and before a step is recorded, which reads the weights where they lie.
         """
         for module in self.modules():
             if isinstance(module, GatedMLP | SoftmaxMixer | DeltaMixer | VisionAttention):
                 module.fuse()
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Model:
+        super()._apply(fn, recurse)
+        here = (self.device, self.dtype)
+        for module in self.modules():
+            for name in ("joint", "wide"):
+                joint = getattr(module, name, None)
+                if joint is not None and (joint.weight.device, joint.weight.dtype) != here:
+                    setattr(module, name, None)  # a layout left behind would keep its memory
         return self
 
     def empty_memory(self, batch: int = 1, capacity: int | None = None) -> Memory:
@@ -120,7 +132,8 @@ class Model(nn.Module):
         """
         where, memory = self._where(positions, memory, present, segment)
         states = []
-        hidden = hidden.clone()  # blocks add to it in place; the caller's stays as it is
+        # blocks add to it in place; the caller's stays as it is
+        hidden = hidden.clone(memory_format=torch.contiguous_format)
         for number, block in enumerate(self.blocks):
             hidden, state = block(hidden, where, None if memory is None else memory.blocks[number])
             states.append(state)

@@ -21,7 +21,7 @@ from infinitevl.generate import Sampling, draw
 from infinitevl.memory import Memory
 from infinitevl.model import Model
 from infinitevl.processor import resize
-from infinitevl.step import see, take
+from infinitevl.step import see, tables, take
 
 WARM_UP = 2  # eager runs before a capture: kernels are compiled, products chosen and constants made in them
 LENGTHS = (16, 64, 256)  # tokens of recorded texts; shorter ones are padded, longer ones come in pieces
@@ -44,9 +44,10 @@ class Recorded:
     buffers: the next replay overwrites it.
     """
 
-    def __init__(
-        self, step: Step, memory: Memory | None, inputs: Sequence[Tensor], pool: Any = None, priority: int = 0
-    ) -> None:
+    # one capture at a time in a process: its beginning waits for the device, which ends another's
+    _capturing = threading.Lock()
+
+    def __init__(self, step: Step, memory: Memory | None, inputs: Sequence[Tensor], priority: int = 0) -> None:
         self.memory, self.outputs = memory, list[Tensor]()
         self.inputs = tuple(x.clone() for x in inputs)
         if any(x.device.type != "cuda" for x in self.inputs):
@@ -55,11 +56,13 @@ class Recorded:
         try:
             self._warm_up(step)
             stream = torch.cuda.Stream(priority=priority)
-            capture = torch.cuda.graph(self._graph, pool, stream, capture_error_mode="thread_local")
-            with torch.no_grad(), capture:
+            capture = torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local")
+            # the outer stream is gone back to even where the end of a broken capture raises
+            with self._capturing, torch.no_grad(), torch.cuda.stream(torch.cuda.current_stream()), capture:
                 self._run(step, memory)
         except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            first = error.__context__ or error  # the end of a broken capture hides what broke it
+            reason = (str(first).strip() or type(first).__name__).splitlines()[0]
             unrecorded = "eager=True, or --eager, runs it unrecorded"
             raise RecordError(f"the step cannot be recorded: {reason} ({unrecorded})") from error
 
@@ -90,13 +93,13 @@ class Recorded:
         return self.outputs
 
 
-def record(step: Step, memory: Memory | None, *inputs: Tensor, pool: Any = None, priority: int = 0) -> Recorded:
+def record(step: Step, memory: Memory | None, *inputs: Tensor, priority: int = 0) -> Recorded:
     """Record step(memory, *inputs) -> (memory after, more tensors...) over `memory`, which stays as it is; or, without
     a memory, step(*inputs) -> (tensors...). Steps of a lower `priority` number go first where they run at once.
 
     Raises RecordError with the reason where that is not possible.
     """
-    return Recorded(step, memory, inputs, pool, priority)
+    return Recorded(step, memory, inputs, priority)
 
 
 def overwrite(memory: Memory, other: Memory) -> None:
@@ -105,28 +108,28 @@ def overwrite(memory: Memory, other: Memory) -> None:
 
 
 class Sight:
-    """Frames of one size, seen ahead: while a memory takes one frame, the next one's pixels are already encoded.
+    """Frames seen at one size, ahead: while a memory takes one frame, the next one's pixels are already encoded.
 
     Encoding runs on a CUDA stream of its own. Its tokens are copied into the taking step's input, so that the next
     encoding waits for that copy only.
     """
 
-    def __init__(self, model: Model, memory: Memory, pixels: Tensor, time: Tensor, pool: Any) -> None:
+    def __init__(self, model: Model, memory: Memory, size: tuple[int, int], time: Tensor) -> None:
+        self._size, self._device = size, model.device
         self._side, self._taken = torch.cuda.Stream(), torch.cuda.Event()
-        device = model.device
-        self._see = record(lambda pixels: (see(model, pixels),), None, pixels.to(device), priority=SEE)
+        pixels = torch.zeros(1, *size, 3, dtype=torch.uint8, device=model.device)
+        self._tables = tables(model, pixels)
+        self._see = record(lambda pixels: (see(model, pixels),), None, pixels, priority=SEE)
         visual = self._see.outputs[0]
         step = lambda memory, visual, time: (take(model, memory, visual, time),)  # noqa: E731
-        self._take = record(step, memory, visual, time.to(device), pool=pool, priority=TAKE)
+        self._take = record(step, memory, visual, time.to(model.device), priority=TAKE)
 
     def __call__(self, pixels: Tensor, time: Tensor) -> None:
+        """pixels uint8 [1, H, W, 3] of any size, on the host."""
         frames = torch.cuda.current_stream()
-        if pixels.is_cuda:
-            self._side.wait_stream(frames)  # they were resized there
-            pixels.record_stream(self._side)
         self._side.wait_event(self._taken)
         with torch.cuda.stream(self._side):
-            (visual,) = self._see(pixels)
+            (visual,) = self._see(resize(pixels.to(self._device, non_blocking=True), self._size))
             seen = torch.cuda.Event()
             seen.record()
         frames.wait_event(seen)
@@ -143,22 +146,21 @@ class Recorder:
 
     def __init__(self, model: Model, memory: Memory) -> None:
         self.model, self.memory = model, memory
-        self._pool = torch.cuda.graph_pool_handle()
-        self._sights: dict[torch.Size, Sight] = {}
+        self._sights: dict[tuple[int, int], Sight] = {}
         self._texts: dict[int, Recorded] = {}
         self._tokens: dict[bool, Recorded] = {}
 
-    def frame(self, pixels: Tensor, time: Tensor) -> None:
-        """One frame into the memory: uint8 [1, h, w, 3] of the size that the model sees, time float64 [1]."""
-        if pixels.shape not in self._sights:
+    def frame(self, pixels: Tensor, size: tuple[int, int], time: Tensor) -> None:
+        """One frame into the memory: uint8 [1, H, W, 3] on the host, seen at `size`; time float64 [1]."""
+        if size not in self._sights:
             if len(self._sights) == SIZES:
-                known = ", ".join(f"{size[1]}x{size[2]}" for size in self._sights)
+                known = ", ".join(f"{height}x{width}" for height, width in self._sights)
                 raise RecordError(
-                    f"frames of {pixels.shape[1]}x{pixels.shape[2]} would be size number {SIZES + 1} to be recorded "
+                    f"frames seen at {size[0]}x{size[1]} would be size number {SIZES + 1} to be recorded "
                     f"({known} are): resize to one of them, or make a new stream from this one's memory"
                 )
-            self._sights[pixels.shape] = Sight(self.model, self.memory, pixels, time, self._pool)
-        self._sights[pixels.shape](pixels, time)
+            self._sights[size] = Sight(self.model, self.memory, size, time)
+        self._sights[size](pixels, time)
 
     def text(self, ids: Sequence[int]) -> Tensor:
         """Text into the memory -> hidden of its last token [1, D], good until the next text. Ends a run of frames."""
@@ -179,7 +181,7 @@ class Recorder:
 
     def _record(self, step: Step, *inputs: Tensor) -> Recorded:
         inputs = tuple(x.to(self.model.device) for x in inputs)
-        return record(step, self.memory, *inputs, pool=self._pool, priority=ASK)
+        return record(step, self.memory, *inputs, priority=ASK)
 
     def _piece(self, ids: Sequence[int]) -> Tensor:
         length = next(length for length in LENGTHS if length >= len(ids))
@@ -216,11 +218,13 @@ class Answering:
     """One answer in the making: its tokens so far on the GPU and, while another answer is being made, its memory."""
 
     def __init__(self, at_most: int, sampling: Sampling, device: torch.device) -> None:
+        at_most = max(at_most, 0)
         self.sampling, self.at_most, self.made = sampling, at_most, 0
         self.parked: Memory | None = None
         self.tokens = torch.zeros(at_most, 1, dtype=torch.int64, device=device)
         self.chances = torch.rand(at_most, 1, 1, device=device, generator=sampling.generator(device))
-        self.settings = torch.tensor([[sampling.temperature or 1.0, sampling.top_p]], device=device)
+        settings = torch.tensor([[sampling.temperature or 1.0, sampling.top_p]]).pin_memory()
+        self.settings = settings.to(device, non_blocking=True)  # or the host would wait for all frames on their way
         self.said = torch.zeros(at_most, 1, dtype=torch.int64).pin_memory()
         self.events = [torch.cuda.Event() for _ in range(at_most)]
 
@@ -251,10 +255,14 @@ class Replayed:
     def __init__(self, model: Model, memory: Memory) -> None:
         self.model = model
         self._live = Recorder(model, memory)
-        self._asker = Recorder(model, memory.clone())
         self._owner: Answering | None = None
         self._turn = threading.RLock()
         self._side = torch.cuda.Stream(priority=ASK)
+        frames = torch.cuda.current_stream()
+        self._side.wait_stream(frames)
+        with torch.cuda.stream(self._side):  # what is allocated here is not reused before this stream is done with it
+            self._asker = Recorder(model, memory.clone())
+        frames.wait_stream(self._side)
         self._flying: deque[torch.cuda.Event] = deque()
 
     @property
@@ -271,20 +279,17 @@ class Replayed:
             self._flying.popleft().synchronize()
         if stamp:
             self._live.text(stamp)
-        pixels = pixels.pin_memory()
-        if pixels.shape[1:3] != size:
-            pixels = resize(pixels.to(self.model.device, non_blocking=True), size)
-        self._live.frame(pixels, torch.tensor([time], dtype=torch.float64).pin_memory())
+        self._live.frame(pixels.pin_memory(), size, torch.tensor([time], dtype=torch.float64).pin_memory())
         event = torch.cuda.Event()
         event.record()
         self._flying.append(event)
 
     def snapshot(self, at_most: int, sampling: Sampling) -> Answering:
         """An answer that starts from the memory as it is now."""
-        asked = Answering(at_most, sampling, self.model.device)
         with self._turn:
             self._side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._side):
+                asked = Answering(at_most, sampling, self.model.device)
                 self._park()
                 overwrite(self._asker.memory, self.memory)
             torch.cuda.current_stream().wait_stream(self._side)

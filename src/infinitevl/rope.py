@@ -71,7 +71,7 @@ def next_frame(
     origin = torch.where(fresh, memory.clock, memory.origin)
     start = torch.where(fresh, time, memory.start)
     t = origin + (config.vision.tokens_per_second * (time - start)).floor().long()
-    places = origin[None, :, None] + _grid(rows, columns, time.device)
+    places = origin[None, :, None] + grid(rows, columns, time.device)
     positions = torch.cat([t[None, :, None].expand(-1, -1, rows * columns), places])
     last = torch.where(there, time, memory.last)
     return positions, memory._replace(frames=memory.frames + there, origin=origin, start=start, last=last)
@@ -79,7 +79,7 @@ def next_frame(
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
-def _grid(rows: int, columns: int, device: torch.device) -> Tensor:
+def grid(rows: int, columns: int, device: torch.device) -> Tensor:
     """Row and column of every token of a frame, [2, 1, rows * columns]."""
     row = torch.arange(rows, device=device).repeat_interleave(columns)
     return torch.stack([row, torch.arange(columns, device=device).repeat(rows)])[:, None]

@@ -12,6 +12,7 @@ from infinitevl import processor as pictures
 from infinitevl import rope
 from infinitevl.memory import Memory
 from infinitevl.model import Model
+from infinitevl.vision import layout
 
 
 @torch.no_grad()
@@ -20,6 +21,17 @@ def see(model: Model, pixels: Tensor) -> Tensor:
     patches, (rows, columns) = pictures.patchify(pixels, model.processor.config, pair=False)
     merge = model.config.vision.merge_size
     return model.vision(patches, rows, columns).unflatten(1, (rows // merge, columns // merge))
+
+
+def tables(model: Model, pixels: Tensor) -> tuple[object, ...]:
+    """What the steps of frames of this size read from caches. A recorded step knows only where it lies: who records one
+    holds it, since the caches may forget it."""
+    config = model.processor.config
+    rows, columns = (side // config.patch_size for side in pixels.shape[1:3])
+    merge = config.merge_size
+    return layout(rows, columns, model.config.vision, pixels.device), rope.grid(
+        rows // merge, columns // merge, pixels.device
+    )
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import math
 import threading
 import time as clock
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -147,7 +147,9 @@ class Eager:
 
     def observe(self, stamp: Sequence[int], pixels: Tensor, size: tuple[int, int], time: float) -> None:
         """A time stamp's ids, or none, and one frame: uint8 [1, H, W, 3] on the host, seen at `size`."""
-        self.memory = _seen(self.model, self.memory, stamp, pixels, size, time)
+        # on CUDA kernels write in place: a step that is broken off must not show
+        memory = self.memory.clone() if self.model.device.type == "cuda" else self.memory
+        self.memory = _seen(self.model, memory, stamp, pixels, size, time)
 
     def snapshot(self, at_most: int, sampling: Sampling) -> Asked:
         """An answer that starts from the memory as it is now."""
@@ -178,14 +180,15 @@ class Stream:
     took its clone. Only `ask(keep=True)` makes frames wait for the whole answer, because it writes.
 
     On CUDA every step is recorded as a graph when it is first met (the first frame and the first question take a second
-    longer) and replayed from then on; `observe` returns before the GPU is done. eager=True runs them unrecorded.
+    longer) and replayed from then on; `observe` returns before the GPU is done. eager=True runs them unrecorded, and so
+    does a model without a window, which must look whether each step still fits. All threads use one CUDA stream.
     """
 
     def __init__(self, model: Model, memory: Memory | None = None, eager: bool = False) -> None:
         if memory is not None and len(memory.seen) != 1:
             raise ValueError(f"a stream's memory has one row, this one {len(memory.seen)}: take one with memory.rows()")
         memory = begin(model) if memory is None else memory
-        recorded = model.device.type == "cuda" and not eager
+        recorded = model.device.type == "cuda" and model.config.text.window is not None and not eager
         self.model = model
         self._run: Running = Replayed(model, memory) if recorded else Eager(model, memory)
         self._last = last_time(memory)
@@ -243,17 +246,23 @@ class Stream:
 
     def ask(self, question: str, at_most: int = 64, keep: bool = False, sampling: Sampling = GREEDY) -> Answer:
         """An answer about all that was seen so far. keep=True leaves both in the memory, for follow-ups."""
-        began = clock.perf_counter()
-        words = self.model.processor.chat.tail(question)
-        if keep:
-            with self._lock:
-                time, asked = self.time, self._run.snapshot(at_most, sampling)
-                ids = list(self._run.answer(asked, words, behind=0))
-                self._run.keep(asked, (self.model.config.stop_tokens[0], *self.model.processor.chat.reopen))
-        else:
-            with self._lock:
-                time, asked = self.time, self._run.snapshot(at_most, sampling)
-            ids = list(self._run.answer(asked, words))
+        if not keep:
+            return self.asking(question, at_most, sampling)()
+        began, words = clock.perf_counter(), self.model.processor.chat.tail(question)
+        with self._lock:
+            time, asked = self.time, self._run.snapshot(at_most, sampling)
+            ids = list(self._run.answer(asked, words, behind=0))
+            self._run.keep(asked, (self.model.config.stop_tokens[0], *self.model.processor.chat.reopen))
+        return self._said(ids, time, began)
+
+    def asking(self, question: str, at_most: int = 64, sampling: Sampling = GREEDY) -> Callable[[], Answer]:
+        """An answer about what was seen until now; the function returned makes it, whatever is seen meanwhile."""
+        began, words = clock.perf_counter(), self.model.processor.chat.tail(question)
+        with self._lock:
+            time, asked = self.time, self._run.snapshot(at_most, sampling)
+        return lambda: self._said(list(self._run.answer(asked, words)), time, began)
+
+    def _said(self, ids: list[int], time: float | None, began: float) -> Answer:
         text = self.model.processor.text(ids).strip()
         return Answer(text, time, len(ids), clock.perf_counter() - began)
 

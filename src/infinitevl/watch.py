@@ -379,8 +379,9 @@ class _Watch:
             if self._over:
                 return
             with self._hand:
-                past, picture = self.stream.fork(), self._picture
-            answer = past.ask(question.text, self.settings.at_most)
+                picture, tokens = self._picture, self.stream.tokens
+                answering = self.stream.asking(question.text, self.settings.at_most)
+            answer = answering()
             if picture is not None and answer.time is not None and self.settings.report:
                 self._moments.append(Moment(answer.time, report.key_frame(picture), question.text, answer.text))
             self.tell(
@@ -389,8 +390,8 @@ class _Watch:
                     answer=answer.text,
                     time=answer.time,
                     wanted=question.at,
-                    tokens=past.tokens,
-                    memory_bytes=past.nbytes,
+                    tokens=tokens,
+                    memory_bytes=self.stream.nbytes,
                     ms_per_frame=_median(point.milliseconds for point in self._curve.points),
                     ms_per_frame_recent=_median(self._recent),
                     answer_tokens=answer.tokens,

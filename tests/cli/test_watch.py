@@ -387,13 +387,13 @@ def test_answer_is_about_the_moment_it_was_asked(model: Model, clip: Path, monke
     stream, source = Stream(model), frames(clip, fps=1)
     asker = _Watch(stream, source, Settings(str(clip), fps=1, at_most=2), told.append, 1.0)
     stream.observe(next(source))
-    tokens, ask = stream.tokens, Stream.ask
+    tokens, asking = stream.tokens, Stream.asking
 
     def slow(self: Stream, *words: object) -> object:
-        stream.observe(next(source))
-        return ask(self, *words)
+        answering = asking(self, *words)
+        return lambda: stream.observe(next(source)) or answering()
 
-    monkeypatch.setattr(Stream, "ask", slow)
+    monkeypatch.setattr(Stream, "asking", slow)
     asker._ask(Question("what?"))
     (said,) = only(Answered, told)
     assert (said.time, said.tokens) == (0.0, tokens) and stream.time == 1.0

@@ -87,7 +87,7 @@ def test_rotate_in_place(rows, heads, size, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("gated, normed, biased, summed", itertools.product([False, True], repeat=4))
+@pytest.mark.parametrize("gated, normed, biased, summed", list(itertools.product([False, True], repeat=4)))
 @pytest.mark.parametrize("rows, size, channels", SIZES)
 def test_linear(rows, size, channels, gated, normed, biased, summed, dtype):
     x, weight = random(rows, size, dtype=dtype), random(channels * (2 if gated else 1), size, dtype=dtype) * size**-0.5

@@ -107,17 +107,37 @@ def test_a_change_in_place_reaches_the_fused_layout(model):
         torch.testing.assert_close(got, right, atol=2e-5, rtol=1e-5, equal_nan=True)
 
 
-def test_a_wrapped_linear_is_called_itself(model):
+@pytest.mark.parametrize("name", ["gate", "down"])
+@torch.no_grad()
+def test_a_wrapped_linear_is_called_itself(name):
     """As LoRA does: the layout must not go past it."""
-    mlp = GatedMLP(8, 12, bias=False)
+    mlp, norm, x = GatedMLP(8, 12, bias=False), RMSNorm(8, 1e-6), torch.randn(2, 8)
     mlp.fuse()
-    norm, x = RMSNorm(8, 1e-6), torch.randn(2, 8)
-    right = mlp(x, norm) - x
-    mlp.down = nn.Sequential(mlp.down, nn.Flatten(0))
-    mlp.gate = nn.Sequential(mlp.gate)
-    mlp.down = mlp.down[0]
-    assert not mlp._fused(mlp.joint, mlp.wide)
-    torch.testing.assert_close(mlp(x, norm) - x, right)
+    plain = mlp(x, norm) - x
+    setattr(mlp, name, nn.Sequential(getattr(mlp, name), nn.Hardtanh(0, 0.001)))
+    assert not torch.allclose(mlp(x, norm) - x, plain)
+
+
+def test_biases_trained_alone_learn(model):
+    model.fuse().requires_grad_(False)
+    block = model.blocks[0].mixer
+    for linear in (block.q, block.k, block.v):
+        linear.bias.requires_grad_()
+    outputs(model)[1].square().sum().backward()
+    assert block.v.bias.grad is not None and block.v.bias.grad.any()
+
+
+@torch.no_grad()
+def test_a_bias_taken_away_is_gone(model):
+    block = model.fuse().blocks[0].mixer
+    with_bias = outputs(model)[1]
+    block.v.bias = None
+    assert not torch.allclose(outputs(model)[1], with_bias)
+
+
+def test_a_layout_left_behind_is_let_go(model):
+    model.fuse().double()
+    assert all(getattr(module, name, None) is None for module in model.modules() for name in ("joint", "wide"))
 
 
 def test_gradients_reach_the_parameters_of_a_fused_model(model):

@@ -402,7 +402,7 @@ def test_nothing_is_tried_in_its_place_when_an_implementation_fails():
 # -- products and norms -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("gated, normed, biased, summed", itertools.product([False, True], repeat=4))
+@pytest.mark.parametrize("gated, normed, biased, summed", list(itertools.product([False, True], repeat=4)))
 def test_a_linear_is_norm_product_gate_and_sum(gated, normed, biased, summed):
     x, weight, bias, scale = torch.randn(2, 3, 8), torch.randn(10, 8), torch.randn(10), torch.rand(8)
     onto = torch.randn(2, 3, 5 if gated else 10)

@@ -561,7 +561,7 @@ def gated_delta(
 
     q, k [B, T, H * K], v [B, T, H * V], a, b [B, T, H]: projections, last dimension contiguous; K and V powers of 2,
     32 or more. *_conv [C, 4]. A_log, dt_bias float32 [H]. tail [B, 3, H * (2 K + V)] and state float32 [B, H, K, V],
-    contiguous, are updated in place. order int32 [B, T]: the tokens that are there, in time, then the others; count
+    contiguous, are updated in place. order int64 [B, T]: the tokens that are there, in time, then the others; count
     int [B]: how many are there. None: all are. The output of a token that is not there is 0.
     """
     rows, length, heads = a.shape
@@ -681,6 +681,12 @@ def gated_norm(*, x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor
 def delta_mixer(*, projected: Projected, weights: DeltaWeights, where: Where, state: Delta) -> tuple[Tensor, Delta]:
     """The contract of `reference.gated_delta`, forward only and without segments: the state is written in place."""
     assert where.segment is None
+    if weights.q_conv.shape[1] != TAPS.value:
+        taps = weights.q_conv.shape[1]
+        raise ValueError(
+            f"the delta kernels are for convolutions of {TAPS.value} taps, this model has {taps}: run it under "
+            "ops.pinned(gated_delta='reference')"
+        )
     q, k, v, gate, a, b = projected
     gate = gate.unflatten(-1, (a.shape[-1], -1))
     *mixing, norm, eps = weights
