@@ -5,8 +5,8 @@ Slots are fixed, so that every step has one shape and can be recorded: a row wit
 
 from __future__ import annotations
 
-import math
 import time as clock
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,9 +21,9 @@ from infinitevl.generate import GREEDY, Sampling, prefill
 from infinitevl.memory import Memory
 from infinitevl.model import Model
 from infinitevl.processor import Ids, Size
-from infinitevl.record import Recorded, Replayed, overwrite, record
+from infinitevl.record import IN_FLIGHT, Recorded, Replayed, overwrite, record
 from infinitevl.step import frame_step, tables
-from infinitevl.stream import Answer, Eager, Stream, TimeError, Turns, begin, last_time
+from infinitevl.stream import Answer, Eager, Stream, Turns, begin, check_pixels, check_time, last_time
 from infinitevl.video import Frame
 
 
@@ -63,6 +63,7 @@ class StreamBatch:
         self._size = size
         self._recorded: Recorded | None = None
         self._tables: tuple[object, ...] = ()
+        self._flying: deque[torch.cuda.Event] = deque()
         self._eager = eager or model.device.type != "cuda"
         asked = model.empty_memory()  # a copy of the row that the latest question is about
         self._asker: Any = Eager(model, asked) if self._eager else Replayed(model, asked)
@@ -108,7 +109,7 @@ class StreamBatch:
             memory = self._stamped({slot: each.stamp for slot, each in shown.items() if each.stamp})
             times = torch.zeros(self.slots, dtype=torch.float64)
             times[list(shown)] = torch.tensor([each.time for each in shown.values()], dtype=torch.float64)
-            self._memory = self._step(memory, pixels, times.to(self.model.device), self._there(shown))
+            self._memory = self._step(memory, pixels, self._sent(times), self._there(shown))
             self._size = size
             self._times.update({slot: each.time for slot, each in shown.items()})
 
@@ -182,7 +183,12 @@ class StreamBatch:
         if self._recorded is None:
             self._tables = tables(self.model, inputs[0])
             self._recorded = record(lambda *rest: (frame_step(self.model, *rest),), self._memory, *inputs)
+        if len(self._flying) == IN_FLIGHT:
+            self._flying.popleft().synchronize()
         self._recorded(*inputs)
+        event = torch.cuda.Event()
+        event.record()
+        self._flying.append(event)
         return self._memory
 
     def _check_open(self, slot: int) -> None:
@@ -195,8 +201,7 @@ class StreamBatch:
         self._check_open(slot)
         try:
             pixels = frame.pixels if isinstance(frame, Frame) else frame
-            if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
-                raise ValueError(f"a frame is uint8 [height, width, 3], got {pixels.dtype} {list(pixels.shape)}")
+            check_pixels(pixels)
             self._fitted(pixels)
             now = self._checked_time(slot, frame, time)
             stamp = self.model.processor.stamp_due(self._times[slot], now)
@@ -209,10 +214,7 @@ class StreamBatch:
         following = 0.0 if last is None else last + 1 / self.model.processor.config.frames_per_second
         if time is None:
             time = frame.time if isinstance(frame, Frame) else following
-        if not math.isfinite(time):
-            raise TimeError(f"a frame's time is a number of seconds, got {time}")
-        if last is not None and time < last:
-            raise TimeError(f"a frame at {time:.3f} s comes after one at {last:.3f} s: times never decrease")
+        check_time(last, time)
         return time
 
     def _fitted(self, pixels: np.ndarray) -> Size:
@@ -221,12 +223,23 @@ class StreamBatch:
 
     def _pixels(self, shown: Mapping[int, _Shown], size: Size) -> Tensor:
         """uint8 [slots, *size, 3]: the pictures at the size the model sees, those of one shape resized together."""
-        pixels = torch.zeros(self.slots, *size, 3, dtype=torch.uint8, device=self.model.device)
+        pixels = None
         for shape in {each.pixels.shape for each in shown.values()}:
-            slots = [slot for slot, each in shown.items() if each.pixels.shape == shape]
-            stacked = torch.from_numpy(np.stack([shown[slot].pixels for slot in slots]))
-            pixels[slots] = pictures.resize(stacked.to(self.model.device), size)
+            of_shape = {slot: each for slot, each in shown.items() if each.pixels.shape == shape}
+            host = np.zeros((self.slots, *shape), dtype=np.uint8)
+            for slot, each in of_shape.items():
+                host[slot] = each.pixels
+            seen = pictures.resize(self._sent(torch.from_numpy(host)), size)
+            mine = self._there(of_shape).view(-1, 1, 1, 1)
+            pixels = seen if pixels is None else torch.where(mine, seen, pixels)
+        assert pixels is not None
         return pixels
+
+    def _sent(self, x: Tensor) -> Tensor:
+        """A tensor of the host on the model's device; on CUDA the host does not wait for what is queued there."""
+        if self.model.device.type != "cuda":
+            return x
+        return x.pin_memory().to(self.model.device, non_blocking=True)
 
     def _stamped(self, stamps: Mapping[int, Ids]) -> Memory:
         """The memory with each slot's stamp in it, those of one length in one call."""
@@ -235,11 +248,11 @@ class StreamBatch:
             due = {slot: ids for slot, ids in stamps.items() if len(ids) == length}
             ids = torch.zeros(self.slots, length, dtype=torch.int64)
             ids[list(due)] = torch.tensor(list(due.values()))
-            _, memory = prefill(self.model, memory, ids, there=self._there(due))
+            _, memory = prefill(self.model, memory, self._sent(ids), there=self._there(due))
         return memory
 
     def _there(self, slots: Mapping[int, object]) -> Tensor:
         """bool [slots]: which of them are named."""
         there = torch.zeros(self.slots, dtype=torch.bool)
         there[list(slots)] = True
-        return there.to(self.model.device)
+        return self._sent(there)

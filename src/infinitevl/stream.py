@@ -60,14 +60,21 @@ def observe(model: Model, memory: Memory, frame: Frame, size: tuple[int, int] | 
     Raises TimeError where frame.time is before the last one or not finite.
     """
     last = last_time(memory)
-    _check_time(last, frame.time)
+    check_time(last, frame.time)
     height, width, _ = frame.pixels.shape
     size = size or pictures.fit_frame(height, width, model.processor.config)
     pixels = torch.from_numpy(np.ascontiguousarray(frame.pixels))[None]
     return _seen(model, memory, _stamp(model, last, frame.time), pixels, size, frame.time)
 
 
-def _check_time(last: float | None, time: float) -> None:
+def check_pixels(pixels: np.ndarray) -> None:
+    """Raises ValueError for what is no picture: uint8 [H, W, 3] is one."""
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+        raise ValueError(f"a frame is uint8 [height, width, 3], got {pixels.dtype} {list(pixels.shape)}")
+
+
+def check_time(last: float | None, time: float) -> None:
+    """Raises TimeError for a frame's time that is no number, or before the `last` one's."""
     if not math.isfinite(time):
         raise TimeError(f"a frame's time is a number of seconds, got {time}")
     if last is not None and time < last:
@@ -229,12 +236,11 @@ class Stream:
         is changed.
         """
         pixels = frame.pixels if isinstance(frame, Frame) else frame
-        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
-            raise ValueError(f"a frame is uint8 [height, width, 3], got {pixels.dtype} {list(pixels.shape)}")
+        check_pixels(pixels)
         with self._lock:
             if time is None:
                 time = frame.time if isinstance(frame, Frame) else self._next_time()
-            _check_time(self._last, time)
+            check_time(self._last, time)
             size = self._size or pictures.fit_frame(pixels.shape[0], pixels.shape[1], self.model.processor.config)
             stamp = _stamp(self.model, self._last, time)
             self._run.observe(stamp, torch.from_numpy(np.ascontiguousarray(pixels))[None], size, time)

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -155,6 +156,7 @@ def test_one_recorded_step_does_for_all(model: Model, monkeypatch: pytest.Monkey
     """Slots that pause, stamps, a slot used again: the step that was recorded for the first frame is right for each."""
     monkeypatch.setattr(Replays, "made", 0)
     monkeypatch.setattr(batch, "record", Replays)
+    monkeypatch.setattr(torch.cuda, "Event", Mock)
     run(model, recorded=True)
     assert Replays.made == 1
 
