@@ -52,17 +52,12 @@ def poisoned(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def mended_interpreter(monkeypatch):
-    """Two faults of triton 3.6's interpreter: a loop's bounds are arrays of one element, which numpy 2.4 takes for ints
-    no more, and products of bfloat16 multiply the bits that stand for them."""
+    """Products of bfloat16 in triton 3.6's interpreter multiply the bits that stand for them."""
     if CUDA:
         return
     from triton.runtime import interpreter
 
-    patch, dot = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.create_dot
-
-    def patched(tensor, scope):
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+    dot = interpreter.InterpreterBuilder.create_dot
 
     def wide(x):
         if x.dtype != interpreter.tl.bfloat16:
@@ -70,7 +65,6 @@ def mended_interpreter(monkeypatch):
         bits = x.data.astype("uint32") << 16
         return interpreter.TensorHandle(bits.view("float32"), interpreter.tl.float32)
 
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
     monkeypatch.setattr(
         interpreter.InterpreterBuilder, "create_dot", lambda self, a, b, *rest: dot(self, wide(a), wide(b), *rest)
     )

@@ -39,22 +39,6 @@ def poisoned(monkeypatch):
     monkeypatch.setattr(delta.torch, "empty", lambda *size, **how: empty(*size, **how).fill_(torch.nan))
 
 
-@pytest.fixture(autouse=True)
-def interpreted(monkeypatch):
-    """What triton 3.6's interpreter lacks: loop bounds under NumPy >= 2.4."""
-    if CUDA:
-        return
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang_tensor
-
-    def with_index(tensor, scope):
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", with_index)
-
-
 class Given(NamedTuple):
     """One mixer's projections of a chunk, its weights, and what it holds."""
 

@@ -21,22 +21,6 @@ from infinitevl.ops.triton import place as kernels  # noqa: E402
 DEVICE = torch.device("cuda" if GPU else "cpu")
 
 
-@pytest.fixture(autouse=True)
-def interpreted(monkeypatch):
-    """Loop bounds under NumPy >= 2.4, which triton 3.6's interpreter lacks."""
-    if GPU:
-        return
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang_tensor
-
-    def with_index(tensor, scope):
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", with_index)
-
-
 @pytest.mark.parametrize("length", [1, 7, 20])
 @pytest.mark.parametrize("sections", [(8, 12, 12), (2, 3, 3)])
 def test_angles(length, sections):

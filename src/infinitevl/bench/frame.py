@@ -22,8 +22,8 @@ PROFILED = 4  # frames under the profiler
 # Kinds of work by the names of kernels (or, on a CPU, of torch's own functions); the first that fits.
 KINDS = {
     "attention": r"attend|attention|flash|fmha|sdpa|softmax|^_(turn|finish)_kernel",
-    "delta rule": r"^_(prepare|scan|token|norm)$|delta|recurrent|causal_conv|chunk_|triangular|trsm",
-    "matrix products": r"gemm|gemv|nvjet|cutlass|cublas|xmma|splitk|addmm|\bmm\b|bmm|matmul|linear|^_few_rows",
+    "delta rule": r"^_(convolve|prepare|scan|token|token_end|norm)$|delta|recurrent|causal_conv|chunk_|triangular|trsm",
+    "matrix products": r"gemm|gemv|nvjet|cutlass|cublas|xmma|splitk|addmm|\bmm\b|bmm|matmul|linear|^_one_row",
     "copies": r"memcpy|memset|copy|\bcat|CatArray|index|gather|scatter|fill|zero|clone|empty",
     "norms, rotations, sums": r"norm|rotate|rms|silu|gelu|elementwise|vectorized|reduce|triton_|"
     r"aten::(mul|add|sub|div|pow|exp|mean|sum|cos|sin|sigmoid|rsqrt|where|neg)_?$",
