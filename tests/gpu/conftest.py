@@ -10,7 +10,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bounds of a loop in triton 3.6's interpreter are arrays of one element, which NumPy 2.4 takes for ints no more."""
+    """Loop bounds in triton 3.6's interpreter are arrays of one element, no ints for NumPy 2.4 and newer."""
     if torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
         return
     from triton.runtime import interpreter
