@@ -289,7 +289,7 @@ def test_sampled_prefill_is_the_sum_of_its_chunks() -> None:
     [
         ("nvjet_tst_128x256_64x4_1x2_h_bz_coopA_NTT", "matrix products"),
         ("cutlass::Kernel2<cutlass_80_wmma_tensorop_bf16>", "matrix products"),
-        ("_few_rows", "matrix products"),
+        ("_one_row", "matrix products"),
         ("pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits>", "attention"),
         ("_attend_kernel", "attention"),
         ("_prepare", "delta rule"),
