@@ -33,8 +33,8 @@ class Batch(NamedTuple):
 
 def make(phase: Phase, seed: int, processor: Processor, mix: dict[str, float]) -> Batch:
     """The batch of one step; the same seed gives the same batch."""
-    frames = phase.segments * phase.frames
-    stories = make_stories(seed, phase.streams, frames, TRAIN, phase.setting)
+    frames = phase.length
+    stories = make_stories(seed, phase.streams, frames, TRAIN, phase.world)
     rng = np.random.default_rng([seed, 7])
     every = int(processor.config.stamp_seconds or 0)
     stamps = [[processor.stamp_ids(int(t0) + at) for at in range(0, frames, every)] for t0 in stories.t0]

@@ -1,7 +1,11 @@
-"""The curves of a training run: `python experiments/default_checkpoint/plot.py` draws results/curve.png."""
+"""The curves of a training run: `python experiments/default_checkpoint/plot.py [LOG.jsonl OUT.png]`.
+
+Without files it draws those of the committed checkpoint: results/curve.jsonl, results/curve.png.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -23,7 +27,11 @@ SHOWN = {
 
 
 def main() -> None:
-    lines = [json.loads(line) for line in (HERE / "curve.jsonl").read_text().splitlines()]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("log", type=Path, nargs="?", default=HERE / "curve.jsonl")
+    parser.add_argument("out", type=Path, nargs="?", default=HERE / "curve.png")
+    args = parser.parse_args()
+    lines = [json.loads(line) for line in args.log.read_text().splitlines()]
     steps = [line["step"] for line in lines]
     figure, (above, below) = plt.subplots(2, 1, figsize=(9, 7), sharex=True, height_ratios=(1, 2))
     above.semilogy(steps, [line["loss"] for line in lines], color="black")
@@ -33,13 +41,14 @@ def main() -> None:
         below.plot(*zip(*points, strict=True), label=label)
     below.set(ylabel="whole answer right (fresh training stories)", xlabel="step", ylim=(0, 1.02))
     below.legend(fontsize=8, loc="lower right")
+    phases = ", ".join(dict.fromkeys(line["phase"] for line in lines))
     starts = [line["step"] for before, line in zip(lines, lines[1:], strict=False) if before["phase"] != line["phase"]]
     for axes in (above, below):
         for start in starts:
             axes.axvline(start - 100, color="grey", linewidth=0.6, linestyle="--")
-    above.set_title("training of the default checkpoint: read, then stories of 34, 68 and 136 frames", fontsize=10)
+    above.set_title(f"training from scratch on the synthetic world: {phases}", fontsize=10)
     figure.tight_layout()
-    figure.savefig(HERE / "curve.png", dpi=110)
+    figure.savefig(args.out, dpi=110)
 
 
 if __name__ == "__main__":

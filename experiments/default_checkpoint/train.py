@@ -1,4 +1,4 @@
-"""Train the default checkpoint from scratch on the synthetic world: `python experiments/default_checkpoint/train.py`.
+"""Train on the synthetic world from scratch, the hybrid or a softmax teacher: `train.py --recipe teacher`.
 
 A step feeds stories segment by segment through the memory, as a stream would, and after each segment asks questions of
 copies of it; gradients run back through all segments. Nothing here knows how the mixers work.
@@ -11,27 +11,36 @@ import functools
 import json
 import math
 import multiprocessing
+import shutil
 import time
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import recipe as recipes
 import torch
 import torch.nn.functional as F
-from batches import IGNORED, Batch, make
+from batches import IGNORED, LONGEST, Batch, make
 from recipe import Phase, Recipe
 from torch import Tensor
 
 from infinitevl import rope, weights
-from infinitevl.config import tiny
-from infinitevl.files import written_aside
+from infinitevl.config import ModelConfig, tiny
+from infinitevl.files import folder_written_aside
 from infinitevl.memory import Memory
 from infinitevl.model import Model
 from infinitevl.processor import Processor, load_processor, patchify
 from infinitevl.synth import questions as quiz
 from infinitevl.synth.compose import Composer
+from infinitevl.train.checkpoint import read_parts, write_parts
+
+
+def shaped(recipe: Recipe, words: int) -> ModelConfig:
+    """The default checkpoint's shape with the recipe's layers and window."""
+    small = tiny(words)
+    return replace(small, text=replace(small.text, layers=recipe.layers, window=recipe.window))
 
 
 class Plan(NamedTuple):
@@ -51,7 +60,7 @@ def plan_segments(model: Model, phase: Phase) -> list[Plan]:
     processor, config = model.processor, model.config
     side = processor.config.frame_pixels[0] // config.vision.stride
     every = int(processor.config.stamp_seconds or 0)
-    memory = Memory.empty(config, device="cpu")
+    memory = Memory.empty(config, capacity=1 if config.text.window is None else None)  # its clocks alone are used
     plans = []
     for segment in range(phase.segments):
         first = segment * phase.frames
@@ -76,6 +85,12 @@ def plan_segments(model: Model, phase: Phase) -> list[Plan]:
         where = (torch.cat(order), torch.cat(positions, 2)[:, 0])
         plans.append(Plan(*(x.to(model.device) for x in where), held, head.to(model.device)))
     return plans
+
+
+def capacity(model: Model, plans: list[Plan]) -> int | None:
+    """Tokens of a story and of a question after it, where nothing leaves the memory; None for a model with a window."""
+    held = sum(plan.positions.shape[1] for plan in plans) + LONGEST
+    return held if model.config.text.window is None else None
 
 
 def watch(model: Model, memory: Memory, plan: Plan, pixels: Tensor, stamps: Tensor) -> Memory:
@@ -166,24 +181,27 @@ class Trainer:
         torch._foreach_copy_(self.live, self.masters)
         return float(norm)
 
-    def state(self) -> dict[str, object]:
-        """What a resumed run needs, small: masters and moments as bf16."""
-
-        def small(x: Tensor) -> Tensor:
-            return x.bfloat16().cpu() if x.dim() else x.cpu()
-
-        adam = {
-            place: {k: small(v) for k, v in kept.items()} for place, kept in self.adam.state_dict()["state"].items()
-        }
-        return {"masters": list(map(small, self.masters)), "muon": list(map(small, self.muon.momenta)), "adam": adam}
+    def state(self) -> dict[str, Tensor]:
+        """What a resumed run goes on from, by name: masters, momenta, AdamW's moments and its count of updates."""
+        tensors = {f"master.{name}": master for name, master in zip(self.names, self.masters, strict=True)}
+        tensors |= {f"momentum.{place}": momentum for place, momentum in enumerate(self.muon.momenta)}
+        for place, kept in self.adam.state_dict()["state"].items():
+            tensors |= {f"adam.{place}.{name}": moment for name, moment in kept.items()}
+        return tensors
 
     @torch.no_grad()
-    def restore(self, state: dict[str, object]) -> None:
-        torch._foreach_copy_(self.masters, [m.to(self.model.device).float() for m in state["masters"]])
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Go on from what `state` gave, in whatever dtype it was kept."""
+        held = [*self.masters, *self.muon.momenta]
+        names = [f"master.{name}" for name in self.names]
+        names += [f"momentum.{place}" for place in range(len(self.muon.momenta))]
+        torch._foreach_copy_(held, [state.pop(name).to(self.model.device).float() for name in names])
         torch._foreach_copy_(self.live, self.masters)
-        torch._foreach_copy_(self.muon.momenta, [m.to(self.model.device).float() for m in state["muon"]])
-        adam = {place: {k: v.float() for k, v in kept.items()} for place, kept in state["adam"].items()}
-        self.adam.load_state_dict(self.adam.state_dict() | {"state": adam})
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, moment in state.items():
+            _, place, key = name.split(".")
+            moments.setdefault(int(place), {})[key] = moment.float()
+        self.adam.load_state_dict(self.adam.state_dict() | {"state": moments})
 
 
 def rate_at(recipe: Recipe, phase: Phase, step: int, overall: int) -> float:
@@ -235,7 +253,7 @@ class Result(NamedTuple):
 
 def train_step(model: Model, composer: Composer, plans: list[Plan], phase: Phase, batch: dict[str, Tensor]) -> Result:
     """Forward and backward of one batch (the fields of `Batch` as tensors on the model's device)."""
-    memory = model.empty_memory(phase.streams)
+    memory = model.empty_memory(phase.streams, capacity(model, plans))
     rows = torch.arange(phase.streams, device=model.device).repeat_interleave(phase.asks)
     losses, rights = [], []
     for segment, plan in enumerate(plans):
@@ -328,15 +346,11 @@ def run(args: argparse.Namespace) -> None:
     began = time.perf_counter()
     device = torch.device(args.device)
     processor = load_processor(weights.locate(weights.DEFAULT))
-    model = Model(tiny(len(processor.tokenizer)), processor).to(device)
+    model = Model(shaped(recipe, len(processor.tokenizer)), processor).to(device)
     if device.type == "cuda":
         model = model.bfloat16()
     trainer = Trainer(model, recipe)
-    start = 0
-    if args.resume:
-        saved = torch.load(args.resume, map_location="cpu", weights_only=True)
-        start = int(saved.pop("step"))
-        trainer.restore(saved)
+    start = resumed(trainer, Path(args.out)) if args.resume else 0
     composer = Composer(device)
     if args.compile:
         compiled(model, composer)
@@ -364,21 +378,36 @@ def run(args: argparse.Namespace) -> None:
     finish(model, trainer, done, args)
 
 
+def resumed(trainer: Trainer, out: Path) -> int:
+    """Restore the newest state of an earlier run; the step it stands at."""
+    states = sorted(out.glob("state-*"))
+    if not states:
+        raise SystemExit(f"{out}: no state to resume from; leave out --resume to begin")
+    trainer.restore(read_parts(states[-1]))
+    return int(states[-1].name.removeprefix("state-"))
+
+
 def finish(model: Model, trainer: Trainer, step: int, args: argparse.Namespace) -> None:
-    """Write the weights as a checkpoint, and the state for a resumed run."""
+    """Write the weights as a checkpoint, and the state for a resumed run, bfloat16 in files below 16 MiB."""
     out = Path(args.out)
-    with written_aside(out / "state.pt") as aside:
-        torch.save({"step": step, **trainer.state()}, aside)
+    older = list(out.glob("state-*"))
+    state = out / f"state-{step:08d}"
+    if state not in older:  # resumed at its end: nothing was done
+        with folder_written_aside(state) as aside:
+            write_parts(trainer.state(), aside, compact=True)
+    for path in older:
+        if path != state:
+            shutil.rmtree(path)
     weights.save(model.bfloat16(), out / "checkpoint")
     print(f"step {step}: written to {out}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--recipe", default="default", choices=("default", "smoke"))
-    parser.add_argument("--out", default="runs/default_checkpoint")
+    parser.add_argument("--recipe", default="default", choices=("default", "teacher", "smoke", "smoke_teacher"))
+    parser.add_argument("--out", default="runs/default_checkpoint", help="a folder for weights, state and log")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--resume", help="state.pt of an earlier run")
+    parser.add_argument("--resume", action="store_true", help="go on from the state in --out")
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop and save after so many seconds")
     parser.add_argument("--every", type=int, default=50, help="steps between lines of the log")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())

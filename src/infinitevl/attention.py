@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from infinitevl import ops
 from infinitevl.config import TextConfig
-from infinitevl.layers import Joint, RMSNorm, fan, side_by_side, sum_onto
+from infinitevl.layers import Joint, RMSNorm, fan, in_fp8, side_by_side, sum_onto
 from infinitevl.memory import Window
 from infinitevl.ops.where import Where
 
@@ -28,10 +28,15 @@ class SoftmaxMixer(nn.Module):
         self.v = nn.Linear(size, self.kv_heads * self.head_dim, bias=bias)
         self.o = nn.Linear(self.heads * self.head_dim, size, bias=False)
         self.joint: Joint | None = None
+        self.wide: Joint | None = None
 
     def fuse(self) -> None:
         """Lay the projections' weights side by side."""
         self.joint = side_by_side((self.q, self.k, self.v))
+
+    def to_fp8(self) -> None:
+        """The projections' weights in FP8."""
+        self.joint, self.wide = in_fp8((self.q, self.k, self.v)), in_fp8((self.o,))
 
     def forward(
         self, hidden: Tensor, norm: RMSNorm, where: Where, state: Window | None
@@ -41,4 +46,4 @@ class SoftmaxMixer(nn.Module):
         parts = fan(hidden, norm, (self.q, self.k, self.v), self.joint)
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in parts)
         out, state = ops.attend(q=q, k=k, v=v, where=where, state=state, window=self.window, sinks=self.sinks)
-        return sum_onto(hidden, out.flatten(2), self.o), state
+        return sum_onto(hidden, out.flatten(2), self.o, self.wide), state

@@ -49,6 +49,7 @@ class StreamBatch:
     tokens.
     """
 
+    @torch.inference_mode(False)  # what is recorded writes to this memory wherever it is replayed
     def __init__(self, model: Model, slots: int, size: Size | None = None, eager: bool = False) -> None:
         if slots < 1:
             raise ValueError(f"a batch has 1 slot or more, got {slots}")

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -53,11 +53,19 @@ class Init(StrEnum):
 
 
 ModelName = Annotated[str, typer.Option("--model", help="A checkpoint: tiny (comes along), a folder or a hub id.")]
+Checkpoint = Annotated[str, typer.Argument(metavar="MODEL", help="tiny (comes along), a folder or a hub id.")]
+Seed = Annotated[int, typer.Option(min=0, help="Another seed, other streams.")]
+Out = Annotated[Path | None, typer.Option(help="Write the results to this file as JSON.")]
+Plot = Annotated[Path | None, typer.Option(help="Draw them: .png, .pdf, .svg.")]
 Rate = Annotated[float | None, typer.Option("--fps", help="Frames a second to look at (default: the checkpoint's).")]
 AtMost = Annotated[int, typer.Option("--at-most", min=1, help="Tokens of an answer, at most.")]
 Device = Annotated[str | None, typer.Option(help="Where to run (default: cuda where there is one, else cpu).")]
 Dtype = Annotated[
     Precision | None, typer.Option(help="Of the weights (default: float32 on a CPU, bfloat16 elsewhere).")
+]
+Fp8 = Annotated[
+    bool,
+    typer.Option("--fp8", help="Products by 8-bit weights: faster on Ada and Hopper GPUs, a little less accurate."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -125,6 +133,7 @@ def watch(
     eager: Annotated[
         bool, typer.Option("--eager", help="On CUDA, do not record steps as graphs: several times slower.")
     ] = False,
+    fp8: Fp8 = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -140,7 +149,7 @@ def watch(
         asked = tuple(Question.parse(words) for words in ask or ())
         settings = Settings(source, asked, interactive, fps, save, resume, report, at_most, eager)
         with display(as_json, interactive) as tell:
-            raise typer.Exit(REASONS[run(_load(model, device, dtype), settings, tell).reason])
+            raise typer.Exit(REASONS[run(_load(model, device, dtype, fp8), settings, tell).reason])
 
 
 @app.command(epilog=EXITS)
@@ -154,6 +163,7 @@ def ask(
     at_most: AtMost = 64,
     device: Device = None,
     dtype: Dtype = None,
+    fp8: Fp8 = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -168,7 +178,9 @@ def ask(
         if not sources or not question.strip():
             raise InputError("give at least one image, video or text, and then a question")
         with progress() as tell:
-            answer, problems = oneshot.ask(_load(model, device, dtype), sources, question, fps, at_most, progress=tell)
+            answer, problems = oneshot.ask(
+                _load(model, device, dtype, fp8), sources, question, fps, at_most, progress=tell
+            )
         facts = {"question": question, "answer": answer.text, "tokens": answer.tokens, "seconds": answer.seconds}
         print(json.dumps({**facts, "problems": problems}) if as_json else printable(answer.text))
         if problems:
@@ -188,6 +200,8 @@ def doctor(model: ModelName = "tiny", as_json: Json = False, debug: Debug = Fals
 
 @app.command(epilog=EXITS)
 def bench(
+    train: Annotated[bool, typer.Option("--train", help="The speed of training; by torchrun on several GPUs.")] = False,
+    fp8: Annotated[bool, typer.Option("--fp8", help="Frames, decode and streams by 8-bit weights.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="The tiny model, in under a minute.")] = False,
     full: Annotated[bool, typer.Option("--full", help="Sample nothing, whatever time it takes.")] = False,
     only: Annotated[str | None, typer.Option(help="Parts to run, with commas between (default: all).")] = None,
@@ -206,7 +220,7 @@ def bench(
         from infinitevl.bench.gate import GateError
         from infinitevl.watch import InputError
 
-        options = benches.Options(quick, full, device, tuple(only.split(",")) if only else ())
+        options = benches.Options(quick, full, device, tuple(only.split(",")) if only else (), train, fp8)
         try:
             went_well = benches.command(options, out, against, plot)
         except benches.BenchError as error:
@@ -291,10 +305,10 @@ def train(
 
 @evaluations.command(epilog=EXITS)
 def heldout(
-    model: ModelName = "tiny",
+    model: Checkpoint = "tiny",
     controls: Annotated[str | None, typer.Option(help="Columns, with commas between (default: all).")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many streams of each world: a quick look.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the results to this file as JSON.")] = None,
+    out: Out = None,
     device: Device = None,
     dtype: Dtype = None,
     debug: Debug = False,
@@ -316,10 +330,109 @@ def heldout(
         print(result.markdown(), end="")
 
 
-def _load(where: str, device: str | None, dtype: Precision | None) -> Model:
+@evaluations.command(epilog=EXITS)
+def recall(
+    model: Checkpoint = "tiny",
+    tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Greatest age of what is asked for (default: 16384 on a CPU, else 524288)."),
+    ] = None,
+    streams: Annotated[int | None, typer.Option(min=1, help="Side by side (default: 4 on a CPU, else 32).")] = None,
+    controls: Annotated[
+        str, typer.Option(help="Columns, with commas between; full is the model itself.")
+    ] = "full,no_delta,blind",
+    refresh_every: Annotated[
+        int | None, typer.Option(min=1, metavar="FRAMES", help="Multiply the delta states by --keep so often.")
+    ] = None,
+    keep: Annotated[
+        float | None, typer.Option(min=0, max=1, help="What --refresh-every leaves (default: 0, a reset).")
+    ] = None,
+    state_dtype: Annotated[
+        Precision, typer.Option(help="Round the delta states to it after every frame.")
+    ] = Precision.float32,
+    seed: Seed = 0,
+    out: Out = None,
+    plot: Plot = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    debug: Debug = False,
+) -> None:
+    """Recall by age: what was shown once in a long stream, asked for half a window later, then 1, 2, 4 ... windows.
+
+    On a CPU about three minutes; half a million tokens want a GPU.
+    """
+    with _one_line(debug):
+        import torch
+
+        from infinitevl.eval import figure
+        from infinitevl.eval import recall as test
+        from infinitevl.watch import InputError
+
+        if keep is not None and refresh_every is None:
+            raise InputError("--keep says what --refresh-every leaves: give both")
+        upkeep = test.Upkeep(refresh_every, keep or 0.0, getattr(torch, state_dtype))
+        columns = controls.split(",")
+        test.check_columns(columns, test.COLUMNS)
+        _check_places(out, plot)
+        result = test.run(model, *_place(device, dtype), tokens, streams, columns, upkeep, seed)
+        _written(result.as_json(), out, plot, figure.recall)
+        print(result.markdown(), end="")
+
+
+@evaluations.command(epilog=EXITS)
+def length(
+    model: Checkpoint = "tiny",
+    frames: Annotated[
+        int | None, typer.Option(min=8, help="Of the longest stream (default: 512 on a CPU, else 4096).")
+    ] = None,
+    streams: Annotated[int | None, typer.Option(min=1, help="Side by side (default: 8 on a CPU, else 32).")] = None,
+    controls: Annotated[str, typer.Option(help="full, or full,no_delta.")] = "full",
+    eager: Annotated[bool, typer.Option("--eager", help="On CUDA, do not record steps as graphs.")] = False,
+    seed: Seed = 0,
+    out: Out = None,
+    plot: Plot = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    debug: Debug = False,
+) -> None:
+    """Accuracy, time of a frame and bytes of memory after 8, 32, 128 ... frames, for models without a window too."""
+    with _one_line(debug):
+        from infinitevl.eval import figure
+        from infinitevl.eval import length as test
+
+        columns = controls.split(",")
+        test.check_columns(columns, test.COLUMNS)
+        _check_places(out, plot)
+        result = test.run(model, *_place(device, dtype), frames, streams, columns, eager, seed)
+        _written(result.as_json(), out, plot, figure.length)
+        print(result.markdown(), end="")
+
+
+def _check_places(out: Path | None, plot: Path | None) -> None:
+    """Refuses files that could not be written, before the hours of work."""
+    from infinitevl.eval import figure
+    from infinitevl.watch import check_place
+
+    for path in filter(None, (out, plot)):
+        check_place(path)
+    if plot is not None:
+        figure.check(plot)
+
+
+def _written(result: dict[str, Any], out: Path | None, plot: Path | None, draw: Callable[..., None]) -> None:
+    """A result as JSON and as a figure, where they are wanted."""
+    from infinitevl.eval import record
+
+    if out is not None:
+        record.write(out, result)
+    if plot is not None:
+        draw(result, plot)
+
+
+def _load(where: str, device: str | None, dtype: Precision | None, fp8: bool = False) -> Model:
     from infinitevl.weights import load
 
-    return load(where, *_place(device, dtype))
+    return load(where, *_place(device, dtype), fp8)
 
 
 def _place(device: str | None, dtype: Precision | None) -> tuple[str, torch.dtype | None]:
@@ -374,7 +487,9 @@ def _one_line(debug: bool) -> Iterator[None]:
 def _code(error: Exception) -> int:
     """The exit code of an error."""
     from infinitevl.config import ConfigError
+    from infinitevl.eval.exam import EvalError
     from infinitevl.memory import MemoryFileError
+    from infinitevl.ops.fp8 import Fp8Error
     from infinitevl.report import ReportError
     from infinitevl.train.checkpoint import ResumeError
     from infinitevl.train.convert import ConvertError
@@ -388,7 +503,7 @@ def _code(error: Exception) -> int:
 
     kinds: dict[Any, int] = {
         (VideoError, InputError, ReportError, ConvertError, OSError, ImportError): BAD_INPUT,
-        (RecipeError, DataError, ResumeError, GradientError): BAD_INPUT,
+        (Fp8Error, RecipeError, DataError, ResumeError, GradientError, EvalError): BAD_INPUT,
         (CheckpointError, ConfigError): BAD_CHECKPOINT,
         (MemoryFileError,): BAD_MEMORY,
         (DivergedError,): DIVERGED,

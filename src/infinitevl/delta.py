@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from infinitevl import ops
 from infinitevl.config import TextConfig
-from infinitevl.layers import Joint, RMSNorm, fan, side_by_side, sum_onto
+from infinitevl.layers import Joint, RMSNorm, fan, in_fp8, side_by_side, sum_onto
 from infinitevl.memory import Delta
 from infinitevl.ops.where import DeltaWeights, Projected, Where
 
@@ -40,6 +40,7 @@ class DeltaMixer(nn.Module):
         self.A_log = nn.Parameter(torch.empty(self.heads, dtype=torch.float32))
         self.dt_bias = nn.Parameter(torch.empty(self.heads, dtype=torch.float32))
         self.joint: Joint | None = None
+        self.wide: Joint | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -70,6 +71,11 @@ class DeltaMixer(nn.Module):
         for conv, part in zip(convs, taps.split([len(conv) for conv in convs], dim=1), strict=True):
             conv.data = part.T
 
+    def to_fp8(self) -> None:
+        """The projections' weights in FP8, those of decay and write strength among them: apart they would cost a
+        product and a norm more."""
+        self.joint, self.wide = in_fp8(self._projections()), in_fp8((self.o,))
+
     def _projections(self) -> tuple[nn.Linear, ...]:
         return self.q, self.k, self.v, self.g, self.a, self.b
 
@@ -81,7 +87,7 @@ class DeltaMixer(nn.Module):
             where=where,
             state=self._empty(hidden) if state is None else state,
         )
-        return sum_onto(hidden, out.flatten(2), self.o), None if state is None else after
+        return sum_onto(hidden, out.flatten(2), self.o, self.wide), None if state is None else after
 
     def _empty(self, hidden: Tensor) -> Delta:
         rows = hidden.shape[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,18 @@ from infinitevl.model import Model
 
 PACKAGES = ("transformers", "safetensors", "av", "numpy", "pillow", "triton", "fla-core")
 MISSING = "not installed"
+MIXING = ("attend", "gated_delta")  # the ops that train by other implementations than they watch by
 
 
 def examine(where: str = weights.DEFAULT) -> dict[str, Any]:
-    """All there is to say, as data: versions, devices, ops by device, the checkpoint (`problem` None: it loads)."""
+    """All there is to say, as data: versions, devices, by device the ops that watch and answer and those that train,
+    the checkpoint (`problem` None: it loads)."""
     devices = _devices()
     return {
         "versions": _versions(),
         "devices": devices,
-        "ops": {name: _choices(torch.device(name)) for name in devices},
+        "ops": {name: _choices(torch.device(name), ops.OPS, False) for name in devices},
+        "training": {name: _choices(torch.device(name), MIXING, True) for name in devices},
         "checkpoint": _checkpoint(where),
     }
 
@@ -50,10 +54,10 @@ def _devices() -> dict[str, str]:
     return devices
 
 
-def _choices(device: torch.device) -> dict[str, dict[str, str]]:
-    """What each op chooses to watch and to answer (no gradient), and why."""
+def _choices(device: torch.device, which: Sequence[str], training: bool) -> dict[str, dict[str, str]]:
+    """What ops choose, and why: to watch and to answer, or to train (a gradient, packed segments)."""
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16  # as `weights.load` has it
-    return {op: ops.choose(op, device, dtype)._asdict() for op in ops.OPS}
+    return {op: ops.choose(op, device, dtype, training, training)._asdict() for op in which}
 
 
 def _checkpoint(where: str) -> dict[str, Any]:
@@ -92,6 +96,8 @@ def lines(found: dict[str, Any]) -> list[str]:
     for device, about in found["devices"].items():
         told += ["", f"device {device}: {about}"]
         told += [f"  {op:<13} {choice['name']} ({choice['reason']})" for op, choice in found["ops"][device].items()]
+        training = found["training"][device].items()
+        told += [f"  {op:<13} {choice['name']} to train ({choice['reason']})" for op, choice in training]
     return [*told, "", *_checkpoint_lines(found["checkpoint"])]
 
 

@@ -85,8 +85,8 @@ def prefill(
     for start in range(0, total, chunk):
         tokens = ids[:, start : start + chunk].to(model.device)
         positions, memory = rope.next_text(memory, tokens.shape[1], there)
-        present = None if there is None else there[:, None].expand_as(tokens)
-        hidden, after = model(model.embed(tokens), positions, memory, present)
+        count = None if there is None else there * tokens.shape[1]
+        hidden, after = model(model.embed(tokens), positions, memory, count=count)
         assert after is not None
         memory = after
         if progress is not None:

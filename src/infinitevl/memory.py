@@ -133,6 +133,18 @@ class Memory(NamedTuple):
 
         return self._rebuilt({name: emptied(name, leaf) for name, leaf in self.named()})
 
+    def refresh(self, keep: float) -> Memory:
+        """The memory with every delta state times `keep`, 0 to 1; windows, convolution tails and clocks stay.
+
+        0 resets what is older than the window; 1 changes nothing. Raises ValueError for a `keep` outside that.
+        """
+        if not 0 <= keep <= 1:
+            raise ValueError(f"keep is a share of the delta states from 0 to 1, got {keep}")
+        blocks = (
+            block._replace(state=block.state * keep) if isinstance(block, Delta) else block for block in self.blocks
+        )
+        return self._replace(blocks=tuple(blocks))
+
     @property
     def nbytes(self) -> int:
         """Bytes of all leaves; the same number for ever."""

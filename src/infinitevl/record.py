@@ -47,6 +47,7 @@ class Recorded:
     # one capture at a time in a process: its beginning waits for the device, which ends another's
     _capturing = threading.Lock()
 
+    @torch.inference_mode(False)  # buffers made there could not be written to outside
     def __init__(self, step: Step, memory: Memory | None, inputs: Sequence[Tensor], priority: int = 0) -> None:
         self.memory, self.outputs = memory, list[Tensor]()
         self.inputs = tuple(x.clone() for x in inputs)
@@ -193,9 +194,8 @@ class Recorder:
 
     def _text(self, memory: Memory, ids: Tensor, count: Tensor) -> tuple[Memory, Tensor]:
         """ids [1, L], of which the first `count` [1] are there."""
-        present = torch.arange(ids.shape[1], device=ids.device) < count[:, None]
         positions, memory = rope.next_text(memory, ids.shape[1])
-        hidden, after = self.model(self.model.embed(ids), positions, memory, present)
+        hidden, after = self.model(self.model.embed(ids), positions, memory, count=count)
         assert after is not None
         return after, hidden.gather(1, (count - 1)[:, None, None].expand(-1, -1, hidden.shape[-1]))[:, 0]
 
@@ -217,6 +217,7 @@ class Recorder:
 class Answering:
     """One answer in the making: its tokens so far on the GPU and, while another answer is being made, its memory."""
 
+    @torch.inference_mode(False)
     def __init__(self, at_most: int, sampling: Sampling, device: torch.device) -> None:
         at_most = max(at_most, 0)
         self.sampling, self.at_most, self.made = sampling, at_most, 0
@@ -252,8 +253,11 @@ class Replayed:
     (the scratch), which the answers being made share: an answer whose turn ends is parked in a copy.
     """
 
+    @torch.inference_mode(False)
     def __init__(self, model: Model, memory: Memory) -> None:
         self.model = model
+        if any(leaf.is_inference() for _, leaf in memory.named()):
+            memory = memory.clone()
         self._live = Recorder(model, memory)
         self._owner: Answering | None = None
         self._turn = threading.RLock()

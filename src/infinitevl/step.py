@@ -42,8 +42,8 @@ def take(model: Model, memory: Memory, visual: Tensor, time: Tensor, there: Tens
     """
     rows, columns = visual.shape[1:3]
     positions, memory = rope.next_frame(memory, time, rows, columns, model.config, there)
-    present = None if there is None else there[:, None].expand(positions.shape[1:])
-    _, after = model(visual.flatten(1, 2), positions, memory, present)
+    count = None if there is None else there * positions.shape[2]
+    _, after = model(visual.flatten(1, 2), positions, memory, count=count)
     assert after is not None
     return after
 

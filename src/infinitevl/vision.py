@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from infinitevl import ops
 from infinitevl.config import VisionConfig
-from infinitevl.layers import GatedMLP, Joint, RMSNorm, sum_onto, widened
+from infinitevl.layers import GatedMLP, Joint, RMSNorm, fan, in_fp8, sum_onto, widened
 from infinitevl.ops.where import Windows
 
 
@@ -72,20 +72,26 @@ class VisionAttention(nn.Module):
         self.heads, self.windowed = config.num_heads, windowed
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.joint: Joint | None = None
         self.wide: Joint | None = None
 
     def fuse(self) -> None:
         """The output projection's bias as a column of its weight, 64 columns wider: it then costs nothing."""
         self.wide = widened(self.proj, self.proj.in_features + 64)
 
+    def to_fp8(self) -> None:
+        """Both projections' weights in FP8."""
+        self.joint, self.wide = in_fp8((self.qkv,)), in_fp8((self.proj,))
+
     def forward(self, x: Tensor, norm: RMSNorm, where: Layout) -> Tensor:
         """x [F, P, D] in window order -> x + attention(norm(x)); x is consumed."""
-        qkv = self.qkv(norm(x)).unflatten(-1, (3, self.heads, -1))
+        (qkv,) = fan(x, norm, (self.qkv,), self.joint)
+        qkv = qkv.unflatten(-1, (3, self.heads, -1))
         windows = where.windows if self.windowed else None
         wide = self.wide if self.wide is not None and self.wide.holds((self.proj,)) else None
         width = self.proj.in_features if wide is None else wide.weight.shape[1]
         out = ops.attend_patches(qkv=qkv, cos=where.cos, sin=where.sin, windows=windows, width=width)
-        return sum_onto(x, out, self.proj) if wide is None else ops.linear(x=out, weight=wide.weight, onto=x)
+        return sum_onto(x, out, self.proj, wide)
 
 
 class VisionBlock(nn.Module):

@@ -114,11 +114,17 @@ def canonical(name: str) -> str:
     return name
 
 
-def load(where: str | Path = DEFAULT, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Model:
+def load(
+    where: str | Path = DEFAULT,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    fp8: bool = False,
+) -> Model:
     """A model from a local folder, a hub id such as "hustvl/InfiniteVL", or "tiny", the checkpoint that comes along.
 
-    dtype None: float32 on CPU, bfloat16 elsewhere. On CUDA weights are laid out for speed (`Model.fuse`). Raises
-    CheckpointError or ConfigError in one line.
+    dtype None: float32 on CPU, bfloat16 elsewhere. On CUDA weights are laid out for speed (`Model.fuse`). fp8: the
+    products of all blocks by e4m3 weights, beside the others (`Model.to_fp8`). Raises CheckpointError, ConfigError or
+    Fp8Error in one line.
     """
     folder = locate(where)
     device = torch.device(device)
@@ -128,7 +134,9 @@ def load(where: str | Path = DEFAULT, device: str | torch.device = "cpu", dtype:
         model = Model(read_config(folder), load_processor(folder))
     assign(model, dict(_tensors(folder, device)), str(folder))
     model = model.to(device=device, dtype=dtype).eval()
-    return model.fuse() if device.type == "cuda" else model
+    if device.type == "cuda":
+        model.fuse()
+    return model.to_fp8() if fp8 else model
 
 
 def read_config(folder: Path) -> ModelConfig:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import infinitevl
-from infinitevl import ops
+from infinitevl import doctor, ops
 from infinitevl.model import Model
 
 
@@ -27,6 +27,7 @@ def test_json_says_it_all(run: Callable, checkpoint: Path, model: Model) -> None
     assert {"transformers", "av", "triton", "fla-core"} <= found["versions"].keys()
     assert set(found["ops"]["cpu"]) == set(ops.OPS)
     assert found["ops"]["cpu"]["gated_delta"] == ops.choose("gated_delta", torch.device("cpu"), torch.float32)._asdict()
+    assert found["training"]["cpu"] == {op: found["ops"]["cpu"][op] for op in ("attend", "gated_delta")}
     about = found["checkpoint"]
     assert about["parameters"] == sum(parameter.numel() for parameter in model.parameters())
     weights = (checkpoint / "model.safetensors").read_bytes()
@@ -46,7 +47,14 @@ def test_lines(run: Callable, checkpoint: Path) -> None:
 
 def test_pinned_op_is_shown(run: Callable, checkpoint: Path) -> None:
     with ops.pinned(gated_delta="recurrent"):
-        assert "gated_delta   recurrent (pinned)" in run("doctor", "--model", checkpoint).out
+        said = run("doctor", "--model", checkpoint).out
+    assert "gated_delta   recurrent (pinned)" in said and "gated_delta   recurrent to train (pinned)" in said
+
+
+def test_what_trains_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops.importlib.util, "find_spec", lambda name: object())
+    found = doctor._choices(torch.device("cuda"), doctor.MIXING, training=True)
+    assert {op: choice["name"] for op, choice in found.items()} == {"attend": "flash", "gated_delta": "scan"}
 
 
 def test_trouble_with_the_checkpoint_has_its_exit_code(run: Callable, checkpoint: Path, tmp_path: Path) -> None:
@@ -86,7 +94,7 @@ def test_eval_runs_the_held_out_test(run: Callable, tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(heldout, "run", Result)
     out = tmp_path / "results.json"
-    words = ("--model", "there", "--device", "cpu", "--dtype", "bfloat16", "--controls", "full,blind", "--limit", 2)
+    words = ("there", "--device", "cpu", "--dtype", "bfloat16", "--controls", "full,blind", "--limit", 2)
     said = run("eval", "heldout", *words, "--out", out)
     assert said == (0, "| a table |\n", "")
     assert json.loads(out.read_text())["asked"] == ["there", "cpu", "torch.bfloat16", "['full', 'blind']", "2"]

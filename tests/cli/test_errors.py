@@ -86,7 +86,7 @@ CASES = [
     ("synth ./no/film.mp4", 2, "nothing can be written there"),
     ("synth ./film.mp4 --frames 3", 2, "--frames"),
     ("synth ./film.json", 2, "must not end in .json"),
-    ("eval heldout --model ./half --limit 1", 3, "weights are missing"),
+    ("eval heldout ./half --limit 1", 3, "weights are missing"),
     ("eval heldout --out ./no/results.json", 2, "nothing can be written there"),
     ("eval heldout --limit 0", 2, "--limit"),
     ("eval heldout --controls full,nope", 2, "there are full, "),

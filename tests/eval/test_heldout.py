@@ -15,10 +15,10 @@ pytest.importorskip("sklearn")
 
 from infinitevl import stream, weights
 from infinitevl.config import hybrid, tiny
-from infinitevl.eval import batched, exam, heldout, record
+from infinitevl.eval import batched, exam, heldout, record, room
 from infinitevl.eval.exam import AT_MOST, CONTROLS, Exam
 from infinitevl.memory import Delta
-from infinitevl.model import Model
+from infinitevl.model import CapacityError, Model
 from infinitevl.processor import load_processor
 from infinitevl.synth import heldout as plans
 from infinitevl.synth.compose import Composer
@@ -26,6 +26,8 @@ from infinitevl.synth.heldout import Ask
 from infinitevl.synth.questions import questions
 from infinitevl.synth.world import HELDOUT, HELDOUT_FONTS, SHORT, make_stories
 from infinitevl.video import Frame
+
+from .conftest import small as small_model
 
 FRAMES = 22
 WINDOW = 48  # tokens: under three frames, so that the delta states matter
@@ -121,6 +123,16 @@ def truth(model, worlds, asks, painted) -> dict[str, list[str]]:
 @pytest.mark.parametrize("at_once", [2, 1000])
 def test_batches_answer_as_one_by_one(model, worlds, asks, truth, at_once):
     assert exam.answers(Exam(model, worlds, asks, at_once)) == truth
+
+
+def test_a_model_without_a_window_has_room_for_every_stream_and_no_more(worlds, asks):
+    teacher = small_model(None, ("softmax", "softmax"))
+    longest = heldout._longest(teacher, worlds, asks)
+    capacity = room.capacity(teacher, longest, asks)
+    given = exam.answers(Exam(teacher, worlds, asks, 1000, capacity=capacity), ["full", "last4", "blind"])
+    assert given == exam.answers(Exam(teacher, worlds, asks, 1000, capacity=2 * capacity), ["full", "last4", "blind"])
+    with pytest.raises(CapacityError, match="do not fit a memory made for"):
+        exam.answers(Exam(teacher, worlds, asks, 1000, capacity=longest - 1), ["full"])
 
 
 def test_the_answers_compared_tell_the_controls_and_lengths_apart(model, truth):

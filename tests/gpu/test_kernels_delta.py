@@ -201,6 +201,16 @@ def test_tokens_that_are_not_there_are_skipped(kind, length):
     assert_same(run(x, present), expected(x, present), torch.float32, present)
 
 
+@pytest.mark.parametrize("kind", ["right padding", "paused"])
+@pytest.mark.parametrize("length", [5, 130])
+def test_tokens_that_come_first_need_no_order(kind, length):
+    x, present = given(length, rows=3), masks(length)[kind]
+    right, x = run(x, present), x._replace(tail=x.tail.clone(), state=x.state.clone())
+    out = delta.gated_delta(**x.of(*CHUNK_INPUTS), order=None, count=present.sum(1))
+    for ours, theirs in zip(Result(out, x.tail, x.state), right, strict=True):
+        assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize("length", [1, 130])
 def test_a_paused_row_stays_as_it_is(length):
     x = given(length)

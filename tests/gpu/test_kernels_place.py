@@ -35,8 +35,10 @@ def test_angles(length, sections):
 
 @pytest.mark.parametrize("length", [1, 3, 10, 40, 2100])
 @pytest.mark.parametrize("slots, sinks", [(10, 0), (13, 3), (1500, 0)])
-def test_a_chunk_finds_its_place(length, slots, sinks):
-    """Rows that have seen nothing, part of a window, one less than a window, and several windows."""
+@pytest.mark.parametrize("short", [False, True])
+def test_a_chunk_finds_its_place(length, slots, sinks, short):
+    """Rows that have seen nothing, part of a window, one less than a window, and several windows; short: of which some
+    tokens are there, or none."""
     seen = torch.tensor([0, slots // 2, slots - 1, 5 * slots + 3], device=DEVICE)
     held = torch.full((4, slots), -1, device=DEVICE)
     for row, count in enumerate(seen.tolist()):
@@ -46,6 +48,7 @@ def test_a_chunk_finds_its_place(length, slots, sinks):
     positions = torch.randint(0, 50, (3, 4, length), device=DEVICE)
     given = {"positions": positions, "seen": seen, "held": held, "sinks": sinks}
     given["clock"] = torch.tensor([0, 10, 49, 100], device=DEVICE)
+    given["count"] = torch.tensor([0, length // 2, length, 0], device=DEVICE) if short else None
     for name, got, right in zip(
         reference.Placed._fields, kernels.place(**given), reference.place(**given), strict=True
     ):

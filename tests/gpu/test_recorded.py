@@ -211,3 +211,20 @@ def test_slots_equal_streams_alone(tiny):
             streams[slot].observe(picture, float(number))
     for slot, stream in zip(slots, streams, strict=True):
         assert batch.ask(slot, "what do you see now?", 8).text == stream.ask("what do you see now?", 8).text
+
+
+def test_a_stream_made_in_inference_mode_goes_on_outside(tiny):
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 112, 112, 3), dtype=np.uint8)
+    with torch.inference_mode():
+        one, batch = Stream(tiny), StreamBatch(tiny, 2)
+        slot = batch.open()
+        for number in range(2):
+            one.observe(pixels[number], float(number))
+            batch.observe({slot: pixels[number]}, float(number))
+        begun = one.ask_pieces("what does the sign say?", 4)
+        first = next(begun, "")
+    said = first + "".join(begun)
+    assert said.strip() == one.ask("what does the sign say?", 4).text
+    one.observe(pixels[2], 2.0)
+    batch.observe({slot: pixels[2]}, 2.0)
+    assert one.ask("what does the sign say?", 4, keep=True).text == batch.ask(slot, "what does the sign say?", 4).text

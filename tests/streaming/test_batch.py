@@ -175,7 +175,7 @@ def test_clocks_that_ignore_pauses_are_found_out(model: Model, name: str, monkey
 
 def test_tokens_that_ignore_pauses_are_found_out(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     forward = model.forward
-    monkeypatch.setattr(model, "forward", lambda hidden, positions, memory, present: forward(hidden, positions, memory))
+    monkeypatch.setattr(model, "forward", lambda hidden, positions, memory, count: forward(hidden, positions, memory))
     with pytest.raises(AssertionError, match="a paused slot moved"):
         run(model)
 

@@ -90,9 +90,9 @@ class Tape:
             self.grids.append((rows, columns))
             return vision(patches, rows, columns)
 
-        def forwarding(hidden, positions, *rest):
+        def forwarding(hidden, positions, memory, count):
             self.positions.append(positions)
-            return forward(hidden, positions, *rest)
+            return forward(hidden, positions, memory, count=count)
 
         monkeypatch.setattr(model, "embed", embedding)
         monkeypatch.setattr(model.vision, "forward", seeing)

@@ -18,7 +18,9 @@ import torch
 from PIL import Image
 
 from infinitevl import rope, weights
+from infinitevl.config import tiny
 from infinitevl.processor import Processor, patchify
+from infinitevl.train import recipes
 from infinitevl.train.conversations import Reader, pieces
 from infinitevl.train.data import BrokenSample, DataError, Feed, Order, Rows, Sample, packed, parts
 from infinitevl.train.forward import embedded, head_weight, place, through, visual_tokens
@@ -406,30 +408,31 @@ def test_a_story_is_what_a_stream_is_fed(checkpoints: dict[str, str], processor:
     pytest.importorskip("sklearn")
     from infinitevl import generate, stream
     from infinitevl.synth.compose import Composer
-    from infinitevl.synth.world import TRAIN, make_stories
-    from infinitevl.train.synthetic import SETTINGS, drawn
+    from infinitevl.train.synthetic import asked_in
 
     model = weights.load(checkpoints["student"])
-    recipe = toy_recipe("stage2_instruct", data="synth", synth_frames=6, synth_segment=4, synth_asks=2)
-    sample = source_of(recipe, processor).sample(5)
+    recipe = toy_recipe("stage2_instruct", data="synth", synth_frames=6, synth_segment=3, synth_asks=2)
+    source = source_of(recipe, processor)
+    sample = source.sample(5)
     batch = packed([[sample]], len(sample.ids))
     with torch.no_grad():
         hidden = embedded(model, batch)
         _, memory = model(hidden, batch.positions, model.empty_memory())
     assert memory is not None
 
-    seed = recipe.seed * 1_000_000_007 + 5
-    stories, rng = make_stories(seed, 1, 6, TRAIN, SETTINGS["long"]), np.random.default_rng([seed, 7])
-    pixels = Composer()({name: torch.from_numpy(part) for name, part in stories.params().items()}).numpy()
+    stories, b, rng = source.story(5)
+    asked = asked_in(stories, b, rng, recipe)
+    assert len(asked) == 2 and max(asked) == 5
+    painted = {name: torch.from_numpy(getattr(stories, name)[b]) for name in ("strips", "scene", "grain")}
+    pixels = Composer()(painted).numpy()
     chat, watched, said = processor.chat, stream.begin(model), []
     for second in range(6):
-        watched = stream.observe(model, watched, Frame(float(stories.t0[0] + second), pixels[second]))
-        if second in (3, 5):
-            for question in drawn(stories, second, rng, 2, recipe.synth_now):
-                answer = (*processor.ids(question.answer), chat.after[0])
-                for ids in (chat.tail(question.text), answer, chat.reopen):
-                    _, watched = generate.feed(model, watched, ids)
-                said.append(answer)
+        watched = stream.observe(model, watched, Frame(float(stories.t0[b] + second), pixels[second]))
+        for question in asked.get(second, ()):
+            answer = (*processor.ids(question.answer), chat.after[0])
+            for ids in (chat.tail(question.text), answer, chat.reopen):
+                _, watched = generate.feed(model, watched, ids)
+            said.append(answer)
     for name, leaf in watched.named():
         if name not in ("frames", "origin", "start", "last"):  # clocks of frames: a packed row does not keep them
             assert torch.allclose(leaf.double(), dict(memory.named())[name].double(), atol=2e-5), name
@@ -445,3 +448,48 @@ def test_stories_never_end_and_differ(processor: Processor, toy_recipe: Make) ->
     assert torch.equal(source.sample(10**9).ids, source.sample(10**9).ids)
     one, other = source.sample(0).pictures[0].painted, source.sample(1).pictures[0].painted
     assert one is not None and other is not None and not torch.equal(one["grain"], other["grain"])
+
+
+def test_no_answer_of_a_story_is_told_before(processor: Processor, toy_recipe: Make) -> None:
+    """About the past nothing is asked whose answer an earlier question of the story gave, in whatever words."""
+    pytest.importorskip("sklearn")
+    from infinitevl.synth.questions import NOW, STATES
+    from infinitevl.train.synthetic import asked_in, things
+
+    recipe = toy_recipe("stage2_instruct", data="synth", synth_frames=68, synth_setting="varied")
+    source = source_of(recipe, processor)
+    firsts, counts = [], []
+    for number in range(40):
+        stories, b, rng = source.story(number)
+        asked = asked_in(stories, b, rng, recipe)
+        past = [things(q) for some in asked.values() for q in some if q.kind not in (*NOW, *STATES)]
+        assert len(past) == len(set(past))
+        assert all(len({q.text for q in some}) == len(some) for some in asked.values())
+        firsts.append(min(asked))
+        counts.append(sum(map(len, asked.values())))
+    assert np.mean(counts) > 12 and sum(first >= 34 for first in firsts) > 8  # of 16; a clean half in a quarter
+
+
+def test_stories_begin_at_any_time(processor: Processor, toy_recipe: Make) -> None:
+    pytest.importorskip("sklearn")
+    source = source_of(toy_recipe("stage2_instruct", data="synth"), processor)
+    starts = [int(stories.t0[b]) for stories, b, _ in map(source.story, range(60))]
+    assert min(starts) < 120 and max(starts) > 480 and all(start % 4 == 0 for start in starts)
+
+
+def test_a_stage_has_stories_of_its_own(processor: Processor, toy_recipe: Make) -> None:
+    pytest.importorskip("sklearn")
+    small = {"data": "synth", "synth_frames": 4, "synth_segment": 4}
+    one, other = (source_of(toy_recipe(f"stage{name}", **small), processor) for name in ("1_logits", "2_instruct"))
+    mine, theirs = one.sample(0).pictures[0].painted, other.sample(0).pictures[0].painted
+    assert mine is not None and theirs is not None and not torch.equal(mine["grain"], theirs["grain"])
+
+
+@pytest.mark.parametrize(("name", "count"), [("stage1_layers", 40), ("stage2_instruct", 40), ("stage3_long", 8)])
+def test_a_story_of_a_tiny_recipe_fills_a_row(processor: Processor, name: str, count: int) -> None:
+    """One story to a row of the default checkpoint's shape: none is too long, and little is padding."""
+    pytest.importorskip("sklearn")
+    recipe = recipes.recipe(f"{name}_tiny")
+    source = open_source(recipe, processor, tiny())
+    lengths = [len(source.sample(number).ids) for number in range(count)]
+    assert recipe.length >= max(lengths) and np.mean(lengths) > 0.9 * recipe.length

@@ -23,7 +23,8 @@ from infinitevl.generate import feed  # noqa: E402
 from infinitevl.model import Model  # noqa: E402
 from infinitevl.processor import load_processor  # noqa: E402
 from infinitevl.synth.compose import Composer  # noqa: E402
-from infinitevl.synth.world import SHORT  # noqa: E402
+from infinitevl.synth.world import SHORT, TRAIN, make_stories  # noqa: E402
+from infinitevl.train.convert import convert  # noqa: E402
 from infinitevl.video import Frame  # noqa: E402
 
 
@@ -40,6 +41,7 @@ def test_a_training_segment_leaves_the_memory_of_a_stream(model):
         {name: torch.from_numpy(getattr(batch, name)).flatten(0, 1) for name in ("strips", "scene", "grain")}
     )
     pixels = pixels.unflatten(0, (2, -1))
+    start = make_stories(3, 2, phase.length, TRAIN, phase.world).t0[1]
     trained = model.empty_memory(2)
     with torch.no_grad():
         for segment, plan in enumerate(train.plan_segments(model, phase)):
@@ -48,7 +50,7 @@ def test_a_training_segment_leaves_the_memory_of_a_stream(model):
             trained = train.watch(model, trained, plan, pixels[:, part], stamps)
         watched = stream.begin(model)
         for second, frame in enumerate(pixels[1]):
-            watched = stream.observe(model, watched, Frame(float(second), frame.numpy()))
+            watched = stream.observe(model, watched, Frame(float(start + second), frame.numpy()))
     for name, leaf in watched.named():
         if name not in ("frames", "start", "origin", "last"):  # clocks of the run: training does not keep them
             other = dict(trained.named())[name][1:]
@@ -80,14 +82,63 @@ def test_a_question_is_learned_as_it_will_be_asked(model):
     assert torch.allclose(loss[0], torch.stack(by_hand).mean(), atol=1e-4)
 
 
-def test_the_loop_runs_stops_and_resumes(tmp_path):
+def test_a_teacher_without_a_window_holds_the_whole_story(model):
+    """Its memory has room for the last question; what is asked last sees the first frame."""
+    teacher = Model(train.shaped(recipes.smoke_teacher(), 512), model.processor)
+    phase = recipes.Phase("check", 1, 1, 3, 5, 2, SHORT, peak=1e-3)
+    plans, batch = train.plan_segments(teacher, phase), make(phase, 5, model.processor, {})
+    room = train.capacity(teacher, plans)
+    tokens = sum(plan.positions.shape[1] for plan in plans)
+    assert room == tokens + train.LONGEST and train.capacity(model, train.plan_segments(model, phase)) is None
+    tensors = {name: torch.from_numpy(value) for name, value in batch._asdict().items()}
+    one = train.train_step(teacher, Composer("cpu"), plans, phase, tensors)
+    tensors["strips"] = tensors["strips"].clone()
+    tensors["strips"][:, 0] = 0
+    other = train.train_step(teacher, Composer("cpu"), plans, phase, tensors)
+    assert all(gradient.isfinite().all() for gradient in one.gradients)
+    assert (one.loss[-2:] != other.loss[-2:]).all()
+
+
+@pytest.mark.parametrize("phase", [*recipes.default().phases, *recipes.teacher().phases], ids=lambda p: p.name)
+def test_every_stamp_of_a_phase_has_one_length(model, phase):
+    latest = phase.world.latest_start // 4 * 4 + phase.length - 1
+    assert phase.world.latest_start >= 300
+    assert len(model.processor.stamp_ids(latest)) == len(model.processor.stamp_ids(0))
+
+
+@pytest.mark.parametrize("recipe", ["smoke", "smoke_teacher"])
+def test_the_loop_runs_stops_and_resumes(tmp_path, recipe):
     def run(*more: str) -> None:
-        command = [sys.executable, str(FOLDER / "train.py"), "--recipe", "smoke", "--every", "1", "--device", "cpu"]
+        command = [sys.executable, str(FOLDER / "train.py"), "--recipe", recipe, "--every", "1", "--device", "cpu"]
         subprocess.run([*command, "--out", str(tmp_path), "--no-compile", *more], check=True, capture_output=True)
 
     run("--seconds", "0")
-    run("--resume", str(tmp_path / "state.pt"))
+    run("--resume")
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert all(0 < line["loss"] < 10 for line in lines)
-    assert weights.load(tmp_path / "checkpoint").config == tiny()
+    (state,) = tmp_path.glob("state-*")
+    assert state.name == "state-00000004"
+    assert max(path.stat().st_size for path in tmp_path.rglob("*.safetensors")) < 16 << 20
+    made = weights.load(tmp_path / "checkpoint").config
+    assert made == train.shaped(getattr(recipes, recipe)(), 512)
+    if recipe == "smoke_teacher":
+        assert convert(tmp_path / "checkpoint", tmp_path / "student", window=256).config == tiny().text
+
+
+def test_a_run_that_is_not_there_is_not_resumed(model, tmp_path):
+    with pytest.raises(SystemExit, match="no state to resume from"):
+        train.resumed(train.Trainer(model, recipes.smoke()), tmp_path)
+
+
+def test_a_resumed_run_stands_where_it_stopped(model):
+    """Masters and moments come back within the rounding of bfloat16, and the count of updates to the number."""
+    torch.manual_seed(1)
+    trainer, other = (train.Trainer(Model(tiny(), model.processor), recipes.smoke()) for _ in range(2))
+    gradients = [torch.randn_like(p) for p in trainer.live]
+    trainer.step(1e-3, gradients)
+    other.restore({name: tensor.bfloat16() for name, tensor in trainer.state().items()})
+    left, right = trainer.state(), other.state()
+    assert set(left) == set(right) and any(name.endswith(".step") for name in left)
+    for name, tensor in left.items():
+        assert torch.allclose(tensor, right[name], rtol=1e-2, atol=1e-6), name

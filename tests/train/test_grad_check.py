@@ -25,7 +25,7 @@ TEXT = toy(LAYERS, WINDOW).text
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_reference_has_the_recurrences_gradient(dtype: torch.dtype) -> None:
     found = errors(CPU, 130, 2, 16, 32, dtype)
-    assert set(found) == {"q", "k", "v", "g", "beta"}
+    assert set(found) == {"q", "k", "v", "g", "beta", "state"}
     assert max(found.values()) < grad_check.LIMITS[dtype] / 4
     guard(TEXT, CPU, dtype)
 
@@ -71,10 +71,14 @@ def test_flas_backward_is_refused_before_anything_is_written(toy_recipe: Callabl
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("tokens", [64, 130, 1024, 4096])
-def test_gradients_on_the_device_that_trains(tokens: int, dtype: torch.dtype) -> None:
-    """At the published shape, by whatever the door chooses there with packed segments."""
-    found = errors(torch.device("cuda"), tokens, 2, 128, 256, dtype)
-    assert max(found.values()) < grad_check.LIMITS[dtype], found
+def test_kernels_without_a_backward_are_refused() -> None:
+    with ops.pinned(gated_delta="triton"), pytest.raises(GradientError, match="have no backward: unpin"):
+        guard(TEXT, CPU, torch.float32)
+
+
+def test_the_guard_asks_the_door_for_this_models_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops.importlib.util, "find_spec", lambda name: object())
+    cuda = torch.device("cuda")
+    assert grad_check.trained_by(cuda, torch.bfloat16, 64, 128) == "scan"
+    assert grad_check.trained_by(cuda, torch.bfloat16, 16, 32) == "reference"
+    assert grad_check.trained_by(cuda, torch.float32, 64, 128) == "reference"

@@ -14,10 +14,10 @@ from infinitevl import weights
 from infinitevl.config import DELTA
 from infinitevl.model import Model
 from infinitevl.processor import Processor
-from infinitevl.train import log, lora
+from infinitevl.train import forward, log, lora
 from infinitevl.train.begin import prepared
 from infinitevl.train.convert import convert
-from infinitevl.train.data import Batch, packed
+from infinitevl.train.data import Batch, Pictures, packed
 from infinitevl.train.forward import embedded, place, through
 from infinitevl.train.loop import train
 from infinitevl.train.recipes import Recipe, RecipeError
@@ -146,6 +146,25 @@ def test_checkpointing_changes_nothing(checkpoints: dict[str, str], batch: Batch
         loss.total.backward()
         found.append([p.grad for name, p in student.named_parameters() if name in names])
     assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(*found, strict=True))
+
+
+def test_pictures_are_seen_as_many_at_once_as_have_so_many_patches(
+    checkpoints: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small frames many at once, a large one alone: the tokens are the same."""
+    model = weights.load(checkpoints["student"])
+    pixels = torch.randint(0, 256, (5, 56, 84, 3), dtype=torch.uint8)
+    group = Pictures(pixels, None, (56, 84), False, 5 * 6)
+    right, seen = forward._looked(model, group), []
+    see = model.vision.forward
+    monkeypatch.setattr(
+        model.vision, "forward", lambda patches, *grid: seen.append(len(patches)) or see(patches, *grid)
+    )
+    for patches, at_once in ((2**16, [5]), (50, [2, 2, 1]), (1, [1] * 5)):
+        monkeypatch.setattr(forward, "PATCHES", patches)
+        torch.testing.assert_close(forward._looked(model, group), right)
+        assert seen == at_once
+        seen.clear()
 
 
 # Runs

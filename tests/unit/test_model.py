@@ -244,3 +244,32 @@ def test_capacity_is_counted_in_tokens_that_are_there():
     assert memory.seen.tolist() == [4, 5]
     with pytest.raises(CapacityError, match="6 tokens"):
         model(torch.randn(2, 1, 32), positions[..., :1], memory)
+
+
+# -- tokens that are not there ----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window, capacity", [(5, None), (None, 20)])
+def test_the_first_tokens_of_a_row_by_count_are_those_by_mask(window, capacity):
+    model = Model(replace(CONFIG, text=replace(CONFIG.text, window=window)))
+    hidden, positions = torch.randn(4, 10, 32), torch.arange(10).expand(3, 4, -1) * 3
+    count = torch.tensor([10, 0, 3, 7])
+    present = torch.arange(10) < count[:, None]
+    memory = model(torch.randn(4, 7, 32), positions[..., :7], model.empty_memory(4, capacity=capacity))[1]
+    right, masked = model(hidden, positions, memory.clone(), present=present)
+    got, counted = model(hidden, positions, memory.clone(), count=count)
+    assert torch.equal(got[present], right[present])
+    for (name, ours), (_, theirs) in zip(counted.named(), masked.named(), strict=True):
+        assert torch.equal(ours.nan_to_num(9), theirs.nan_to_num(9)), name
+    assert counted.seen.tolist() == [17, 7, 10, 14] and counted.clock.tolist() == [28, 19, 19, 19]
+    alone = [model(hidden, positions, count=count)[0], model(hidden, positions, present=present)[0]]
+    assert torch.equal(alone[0][present], alone[1][present])
+
+
+def test_what_is_there_is_said_once():
+    model = Model(CONFIG)
+    with pytest.raises(ValueError, match="not by both"):
+        model(
+            torch.randn(1, 4, 32), torch.arange(4).expand(3, 1, -1), None, torch.ones(1, 4).bool(), None, torch.ones(1)
+        )

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from infinitevl import ops
 from infinitevl.memory import Delta
-from infinitevl.ops import fla, reference
+from infinitevl.ops import fla, reference, scan
 from infinitevl.ops.where import DeltaWeights, Projected, Where
 
+CHUNKED = [reference.delta_rule, scan.delta_rule]
 LENGTHS = [1, 2, 3, 31, 63, 64, 65, 127, 128, 129, 193, 250, 300]
 TOLERANCE = 1e-4
 B, H, K, V = 2, 2, 8, 12
@@ -80,10 +81,11 @@ def test_recurrent_is_the_householder_recurrence():
             torch.testing.assert_close(state[row, head], s)
 
 
+@pytest.mark.parametrize("rule", CHUNKED)
 @pytest.mark.parametrize("length", LENGTHS)
-def test_chunked_equals_recurrent(length):
+def test_chunked_equals_recurrent(length, rule):
     given = inputs(length)
-    assert_same(run(reference.delta_rule, given), run(reference.delta_rule_recurrent, given, wide=True))
+    assert_same(run(rule, given), run(reference.delta_rule_recurrent, given, wide=True))
 
 
 def test_recurrent_in_float32_equals_float64():
@@ -91,25 +93,27 @@ def test_recurrent_in_float32_equals_float64():
     assert_same(run(reference.delta_rule_recurrent, given), run(reference.delta_rule_recurrent, given, wide=True))
 
 
+@pytest.mark.parametrize("rule", CHUNKED)
 @pytest.mark.parametrize("decay", [0.0, 1e-3, 50.0])
 @pytest.mark.parametrize("beta", [0.0, 1.0])
-def test_identical_keys_with_extreme_gates(decay, beta):
+def test_identical_keys_with_extreme_gates(decay, beta, rule):
     """One key for every token: the chunk's system is as ill-conditioned as it gets, and exp(+50 * 63) is infinite."""
     given = inputs(130, decay=decay)
     same = given.k[:, :1].expand_as(given.k)
     given = given._replace(k=same, beta=torch.full_like(given.beta, beta))
-    assert_same(run(reference.delta_rule, given), run(reference.delta_rule_recurrent, given, wide=True))
+    assert_same(run(rule, given), run(reference.delta_rule_recurrent, given, wide=True))
 
 
-def test_sudden_decay_inside_a_chunk():
+@pytest.mark.parametrize("rule", CHUNKED)
+def test_sudden_decay_inside_a_chunk(rule):
     given = inputs(150)
     g = torch.full_like(given.g, -0.01)
     g[:, [5, 63, 64, 100]] = -50.0
     given = given._replace(g=g)
-    assert_same(run(reference.delta_rule, given), run(reference.delta_rule_recurrent, given, wide=True))
+    assert_same(run(rule, given), run(reference.delta_rule_recurrent, given, wide=True))
 
 
-@pytest.mark.parametrize("rule", [reference.delta_rule, reference.delta_rule_recurrent])
+@pytest.mark.parametrize("rule", [*CHUNKED, reference.delta_rule_recurrent])
 @pytest.mark.parametrize("sizes", [(1, 63, 64, 2), (30, 34, 1, 65), (128, 5)])
 def test_a_change_of_segment_starts_from_nothing(rule, sizes):
     """The first segment goes on from the state given; every other is what it is alone."""
@@ -125,22 +129,22 @@ def test_a_change_of_segment_starts_from_nothing(rule, sizes):
     torch.testing.assert_close(got[1], last, atol=TOLERANCE, rtol=0)
 
 
-def test_segments_may_differ_between_rows():
+@pytest.mark.parametrize("rule", CHUNKED)
+def test_segments_may_differ_between_rows(rule):
     given = inputs(100)
     segment = torch.stack([torch.arange(100) // 30, torch.arange(100) // 64])
-    assert_same(
-        run(reference.delta_rule, given, segment), run(reference.delta_rule_recurrent, given, segment, wide=True)
-    )
+    assert_same(run(rule, given, segment), run(reference.delta_rule_recurrent, given, segment, wide=True))
 
 
-def test_tokens_that_are_not_there_change_nothing():
+@pytest.mark.parametrize("rule", CHUNKED)
+def test_tokens_that_are_not_there_change_nothing(rule):
     """g = 0 and beta = 0 at a token: the same as a sequence without it."""
     given = inputs(140)
     there = torch.rand(140) > 0.4
     gated = given._replace(g=given.g * there[:, None], beta=given.beta * there[:, None])
-    o, state = reference.delta_rule(**gated._asdict(), segment=None)
+    o, state = rule(**gated._asdict(), segment=None)
     kept = Inputs(*(x[:, there] for x in given[:5]), given.state)
-    right_o, right_state = reference.delta_rule(**kept._asdict(), segment=None)
+    right_o, right_state = rule(**kept._asdict(), segment=None)
     torch.testing.assert_close(o[:, there], right_o, atol=1e-5, rtol=0)
     torch.testing.assert_close(state, right_state, atol=1e-5, rtol=0)
 
@@ -356,9 +360,37 @@ def test_the_rule_for_cuda(monkeypatch, installed, op):
     assert ops.choose(op, CUDA, torch.bfloat16).name == ("triton" if installed else "reference")
     assert installed or "not installed" in ops.choose(op, CUDA, torch.bfloat16).reason
     assert (ops.choose(op, CUDA, torch.float32).name == "triton") == (installed and op == "place")
-    assert ops.choose(op, CUDA, torch.bfloat16, gradient=True).name == "reference"
-    assert ops.choose(op, CUDA, torch.bfloat16, segments=True).name == "reference"
     assert ops.choose(op, torch.device("mps"), torch.bfloat16).name == "reference"
+
+
+@pytest.mark.parametrize(
+    ("op", "with_gradient", "with_segments", "with_both"),
+    [
+        ("gated_delta", "scan", "scan", "scan"),
+        ("attend", "reference", "flash", "flash"),
+        ("rms_norm", "reference", "triton", "reference"),
+        ("linear", "reference", "triton", "reference"),
+        ("attend_patches", "reference", "triton", "reference"),
+    ],
+)
+def test_what_trains_on_cuda(monkeypatch, op, with_gradient, with_segments, with_both):
+    monkeypatch.setattr(ops.importlib.util, "find_spec", lambda name: object())
+
+    def chosen(**asked: object) -> str:
+        return ops.choose(op, CUDA, torch.bfloat16, **asked).name
+
+    assert chosen(gradient=True) == with_gradient
+    assert chosen(segments=True) == with_segments
+    assert chosen(gradient=True, segments=True) == with_both
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert chosen() == "reference"
+    assert chosen(gradient=True, segments=True) == with_both
+
+
+def test_segments_with_sinks_or_missing_tokens_are_left_to_the_reference(monkeypatch):
+    monkeypatch.setattr(ops.importlib.util, "find_spec", lambda name: object())
+    assert ops.choose("attend", CUDA, torch.bfloat16, segments=True, masked=True).name == "reference"
+    assert ops.choose("attend", CUDA, torch.bfloat16, masked=True).name == "triton"
 
 
 def mixer_inputs(length: int, **where: Tensor) -> dict[str, object]:
@@ -424,3 +456,4 @@ def test_small_delta_heads_are_left_to_the_reference(monkeypatch):
     monkeypatch.setattr(ops.importlib.util, "find_spec", lambda name: object())
     assert ops.choose("gated_delta", CUDA, torch.bfloat16, channels=31).name == "reference"
     assert ops.choose("gated_delta", CUDA, torch.bfloat16, channels=32).name == "triton"
+    assert ops.choose("gated_delta", CUDA, torch.bfloat16, gradient=True, channels=31).name == "reference"

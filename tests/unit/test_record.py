@@ -27,6 +27,7 @@ QUESTION = "what do you see now?"
 class Played:
     """`record.Recorded`, running the step at every call on buffers of its own."""
 
+    @torch.inference_mode(False)
     def __init__(self, step, memory: Memory | None, inputs: Sequence[Tensor], priority: int = 0) -> None:
         self.step, self.memory, self.inputs = step, memory, tuple(x.clone() for x in inputs)
         self.outputs = self._run(None if memory is None else memory.clone())
@@ -120,6 +121,18 @@ def test_a_stop_token_ends_an_answer_and_is_not_said(model):
     one, other = pair(model, 5)
     said = [stream.ask(QUESTION, at_most=30) for stream in (one, other)]
     assert said[0].text == said[1].text and said[0].tokens == said[1].tokens < 30
+
+
+def test_a_stream_made_in_inference_mode_goes_on_outside(model):
+    with torch.inference_mode():
+        one, other = pair(model, 3)
+        begun = one.ask_pieces(QUESTION, 6)
+        first = next(begun)
+    assert (first + "".join(begun)).strip() == other.ask(QUESTION, 6).text
+    for stream in (one, other):
+        stream.observe(pictures(4)[3], 3.0)
+        stream.ask(QUESTION, 2, keep=True)
+    assert_alike(one.memory, other.memory)
 
 
 def test_answers_under_way_at_once_do_not_mix(endless):

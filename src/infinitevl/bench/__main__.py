@@ -13,6 +13,8 @@ from infinitevl.bench.gate import GateError
 def main() -> int:
     """0 all went well; 1 the gate was not green or a part failed; 2 what was asked for cannot be measured."""
     parser = argparse.ArgumentParser(prog="python -m infinitevl.bench", description=bench.__doc__)
+    parser.add_argument("--train", action="store_true", help="the speed of training; by torchrun on several GPUs")
+    parser.add_argument("--fp8", action="store_true", help="frames, decode and streams by e4m3 weights")
     parser.add_argument("--quick", action="store_true", help="the tiny model, in under a minute")
     parser.add_argument("--full", action="store_true", help="nothing sampled and no limit of time")
     parser.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
@@ -22,7 +24,7 @@ def main() -> int:
     parser.add_argument("--plot", type=Path, help="draw the two figures into this folder")
     asked = parser.parse_args()
     only = tuple(name for name in asked.only.split(",") if name)
-    options = bench.Options(asked.quick, asked.full, asked.device, only)
+    options = bench.Options(asked.quick, asked.full, asked.device, only, asked.train, asked.fp8)
     try:
         return 0 if bench.command(options, asked.out, asked.against, asked.plot) else 1
     except bench.BenchError as error:

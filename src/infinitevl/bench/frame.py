@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-import re
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
 import torch
 
-from infinitevl.bench import models, timing
+from infinitevl.bench import timing
 from infinitevl.bench.setup import OURS, Curve, Found, Row, Setup, Skipped
 from infinitevl.bench.timing import Camera, Eager, Running, Times, running
-from infinitevl.processor import patchify
 from infinitevl.stream import begin, frame_step
 
 EVERY = 64  # frames between two readings of the allocator
-PROFILED = 4  # frames under the profiler
-
-# Kinds of work by the names of kernels (or, on a CPU, of torch's own functions); the first that fits.
-KINDS = {
-    "attention": r"attend|attention|flash|fmha|sdpa|softmax|^_(turn|finish)_kernel",
-    "delta rule": r"^_(convolve|prepare|scan|token|token_end|norm)$|delta|recurrent|causal_conv|chunk_|triangular|trsm",
-    "matrix products": r"gemm|gemv|nvjet|cutlass|cublas|xmma|splitk|addmm|\bmm\b|bmm|matmul|linear|^_one_row",
-    "copies": r"memcpy|memset|copy|\bcat|CatArray|index|gather|scatter|fill|zero|clone|empty",
-    "norms, rotations, sums": r"norm|rotate|rms|silu|gelu|elementwise|vectorized|reduce|triton_|"
-    r"aten::(mul|add|sub|div|pow|exp|mean|sum|cos|sin|sigmoid|rsqrt|where|neg)_?$",
-}
-REST, IDLE = "other kernels", "idle between kernels"
 
 
 def measure(setup: Setup) -> Iterator[Found]:
@@ -83,69 +68,3 @@ def _bytes(setup: Setup, held: list[int], seen: int) -> Iterator[Found]:
         yield Row("frame", "peak with one stream", "GiB", peak, note="weights, memory, recorded step")
     else:
         yield Skipped("frame", "peak with one stream", "no GPU: the allocator of a CPU does not count")
-
-
-def breakdown(setup: Setup) -> Iterator[Found]:
-    """The part "breakdown": the time of each kind of kernel in a recorded frame, and of none; they sum to the whole."""
-    camera = Camera(setup.scale.processor.frame_pixels, setup.device)
-    memory = models.filled(setup.model, 2 * (setup.model.config.text.window or 0))
-    run = running(partial(frame_step, setup.model), memory, *camera(0))
-    for number in range(3):
-        run(*camera(number))
-    timing.synchronise(setup.device)
-    kernels, whole = _profiled(lambda number: run(*camera(number)), setup)
-    if not kernels:
-        yield Skipped("breakdown", "all", "the profiler saw no kernels here")
-        return
-    kinds = dict.fromkeys([*KINDS, REST], 0.0)
-    for name, milliseconds in kernels.items():
-        kinds[kind(name)] += milliseconds
-    for name, milliseconds in kinds.items():
-        yield Row("breakdown", name, "ms", milliseconds, None, PROFILED)
-    yield Row("breakdown", IDLE, "ms", whole - sum(kinds.values()), None, PROFILED, "below 0: kernels ran side by side")
-    yield Row("breakdown", "the whole frame", "ms", whole, None, PROFILED, "under the profiler")
-    yield from _vision(setup)
-    for name, milliseconds in sorted(kernels.items(), key=lambda item: -item[1])[:12]:
-        yield Row("kernels", " ".join(name.split())[:72], "ms", milliseconds, None, PROFILED, kind(name))
-
-
-def kind(name: str) -> str:
-    """The kind of work of a kernel."""
-    return next((each for each, pattern in KINDS.items() if re.search(pattern, name, re.IGNORECASE)), REST)
-
-
-def _profiled(run: Callable[[int], object], setup: Setup) -> tuple[dict[str, float], float]:
-    """Milliseconds per frame of each kernel by name, and of a whole frame, from the first kernel to the last."""
-    activity = torch.profiler.ProfilerActivity
-    with torch.profiler.profile(activities=[activity.CUDA if setup.on_gpu else activity.CPU]) as profile:
-        began = time.perf_counter()
-        for number in range(PROFILED):
-            run(number)
-        timing.synchronise(setup.device)
-        whole = 1e3 * (time.perf_counter() - began) / PROFILED
-    kernels: dict[str, float] = {}
-    if not setup.on_gpu:
-        for each in profile.key_averages():
-            kernels[each.key] = each.self_cpu_time_total / 1e3 / PROFILED
-        return kernels, whole
-    ran = [each for each in profile.events() if each.device_type == torch.autograd.DeviceType.CUDA]
-    for event in ran:
-        kernels[event.name] = kernels.get(event.name, 0.0) + event.time_range.elapsed_us() / 1e3 / PROFILED
-    if ran:
-        span = max(event.time_range.end for event in ran) - min(event.time_range.start for event in ran)
-        whole = span / 1e3 / PROFILED
-    return kernels, whole
-
-
-@torch.no_grad()
-def _vision(setup: Setup) -> Iterator[Found]:
-    """The vision encoder by itself, from pixels to tokens."""
-    pixels, _ = Camera(setup.scale.processor.frame_pixels, setup.device)(0)
-
-    def run() -> None:
-        patches, (rows, columns) = patchify(pixels, setup.scale.processor, pair=False)
-        setup.model.vision(patches, rows, columns)
-
-    again = timing.recorded(run) if setup.on_gpu else run
-    took = timing.intervals(lambda _: again(), setup.device, setup.scale.eager, warm=3)
-    yield Row("breakdown", "vision alone", "ms", 1e3 * took.p50, 1e3 * took.p99, setup.scale.eager, "part of the frame")

@@ -69,11 +69,11 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def prepared(model: Model) -> Model:
+def prepared(model: Model, fp8: bool = False) -> Model:
     """The model as `weights.load` leaves it on its device."""
     if model.device.type == "cuda":
         model.fuse()
-    return model
+    return model.to_fp8() if fp8 else model
 
 
 def filled(model: Model, length: int, rows: int = 1, capacity: int | None = None) -> Memory:

@@ -23,7 +23,8 @@ class BenchError(ValueError):
 
 @dataclass(frozen=True)
 class Row:
-    """One figure. value: the median where it was repeated `count` times; p99 of the same unit."""
+    """One figure. value: the median where it was repeated `count` times; p99 of the same unit; floor: the bound that no
+    code can pass on this hardware, where it is counted beside the figure."""
 
     part: str
     name: str
@@ -32,6 +33,7 @@ class Row:
     p99: float | None = None
     count: int = 1
     note: str = ""
+    floor: float | None = None
 
     def told(self) -> str:
         return f"  {self.name}: {self.value:,.4g} {self.unit}" + (f" ({self.note})" if self.note else "")
@@ -185,12 +187,13 @@ CPU = replace(
 
 @dataclass
 class Setup:
-    """A run's scale and device, and the model under test, made when it is first used."""
+    """A run's scale and device, and the model under test, made when it is first used. fp8: it multiplies e4m3."""
 
     scale: Scale
     device: torch.device
     full: bool
     deadline: float = math.inf  # on time.perf_counter's clock; what would end after it is not begun
+    fp8: bool = False
 
     @property
     def left(self) -> float:
@@ -212,7 +215,7 @@ class Setup:
 
     def make(self, config: ModelConfig) -> Model:
         """A random model on this run's device, as fast as a loaded one."""
-        return models.prepared(models.random_model(config, self.device, self.dtype, self.scale.processor))
+        return models.prepared(models.random_model(config, self.device, self.dtype, self.scale.processor), self.fp8)
 
     def drop_model(self) -> None:
         """Gives the model's memory back; it is made again where it is asked for again."""
@@ -235,3 +238,14 @@ class Setup:
 
 
 Part = Callable[[Setup], Iterator[Found]]
+
+
+class Suite(NamedTuple):
+    """What one run measures: its parts by name, the gate before them, seconds after which no part begins, and how many
+    must be left for one. together: several processes measure, and what fails in one must end them all."""
+
+    parts: dict[str, Part]
+    gate: Part
+    budget: float
+    longest: float
+    together: bool = False

@@ -29,6 +29,7 @@ CHECKED = 64  # tokens of the comparison with float64
 FLA = "FLA"
 NAMES = {
     "recurrent": "plain PyTorch, token by token",
+    "scan": "ours, in training",
     "reference": "plain PyTorch, in chunks",
     "fla": FLA,
     "triton": "ours",
@@ -103,6 +104,7 @@ def _rules(setup: Setup) -> tuple[dict[str, Callable[..., Any]], list[Skipped]]:
     rules: dict[str, Callable[..., Any]] = {
         NAMES["recurrent"]: reference.delta_rule_recurrent,
         NAMES["reference"]: reference.delta_rule,
+        NAMES["scan"]: ops.rule("scan"),
     }
     missing = []
     if reason := _no_compiler(setup):

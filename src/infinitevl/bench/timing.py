@@ -14,6 +14,7 @@ from infinitevl.memory import Memory
 from infinitevl.record import record
 
 Step = Callable[..., Memory]
+Mark = torch.cuda.Event | float  # a moment on a device's own clock
 
 
 class Times(NamedTuple):
@@ -105,15 +106,15 @@ def intervals(run: Callable[[int], object], device: torch.device, count: int, wa
     for number in range(warm):
         run(number)
     synchronise(device)
-    marks = [_mark(device)]
+    marks = [mark(device)]
     for number in range(warm, warm + count):
         run(number)
-        marks.append(_mark(device))
+        marks.append(mark(device))
     synchronise(device)
-    return Times([_between(*pair) for pair in zip(marks, marks[1:], strict=False)])
+    return Times([between(*pair) for pair in zip(marks, marks[1:], strict=False)])
 
 
-def _mark(device: torch.device) -> torch.cuda.Event | float:
+def mark(device: torch.device) -> Mark:
     """A moment on the device's own clock."""
     if device.type != "cuda":
         return time.perf_counter()
@@ -122,8 +123,8 @@ def _mark(device: torch.device) -> torch.cuda.Event | float:
     return event
 
 
-def _between(before: torch.cuda.Event | float, after: torch.cuda.Event | float) -> float:
-    """Seconds from one mark to another."""
+def between(before: Mark, after: Mark) -> float:
+    """Seconds from one mark to another; the device must have come to both (`synchronise`)."""
     if isinstance(before, float) and isinstance(after, float):
         return after - before
     return cast(torch.cuda.Event, before).elapsed_time(cast(torch.cuda.Event, after)) / 1e3

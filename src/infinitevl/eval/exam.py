@@ -34,15 +34,21 @@ GLIMPSE = 4  # frames that `last4` sees
 _AHEAD = 8  # frames of a stream painted at once
 
 
+class EvalError(ValueError):
+    """A test that cannot be run as asked; the message says what to change."""
+
+
 @dataclass(frozen=True)
 class Exam:
-    """Which streams are watched and which lines of the plan are asked; `at_once`: questions answered in one batch."""
+    """Which streams are watched and which lines of the plan are asked; `at_once`: questions answered in one batch;
+    `capacity` of a stream's memory, for models without a window."""
 
     model: Model
     worlds: Mapping[str, Stories]
     asks: Sequence[Ask]
     at_once: int
     at_most: int = AT_MOST
+    capacity: int | None = None
 
     def lines(self, world: str) -> dict[int, list[int]]:
         """The lines of the plan about a world, by the frame after which they are asked."""
@@ -129,8 +135,8 @@ def _watch(exam: Exam, lines: dict[int, list[int]], stories: Stories, quizzes: d
     """All streams of a world side by side, and after each frame what is asked then."""
     streams = sorted({exam.asks[line].stream for asked in lines.values() for line in asked})
     row = {number: place for place, number in enumerate(streams)}
-    memories = {name: stream.begin(exam.model, len(streams)) for name in quizzes}
-    for frame, pixels in enumerate(_painted(stories, streams, max(lines) + 1, exam.model.device)):
+    memories = {name: stream.begin(exam.model, len(streams), exam.capacity) for name in quizzes}
+    for frame, pixels in enumerate(painted(stories, streams, max(lines) + 1, exam.model.device)):
         asked = lines.get(frame, [])
         for name, quiz in quizzes.items():
             before = without_delta(memories[name]) if name == "no_delta" else memories[name]
@@ -139,7 +145,7 @@ def _watch(exam: Exam, lines: dict[int, list[int]], stories: Stories, quizzes: d
         meter.add(len(streams) * len(quizzes))
 
 
-def _painted(stories: Stories, streams: Sequence[int], count: int, device: torch.device) -> Iterator[Tensor]:
+def painted(stories: Stories, streams: Sequence[int], count: int, device: torch.device) -> Iterator[Tensor]:
     """The first `count` frames of the streams, one of each at a time: uint8 [B, 112, 112, 3]."""
     composer = Composer(device)
     for first in range(0, count, _AHEAD):
@@ -163,7 +169,7 @@ def glimpsed(exam: Exam, meter: Meter) -> list[str]:
             streams, frames = (np.array(part)[:, None] for part in zip(*moments, strict=True))
             seen = frames + np.arange(-min(GLIMPSE, int(frames[0, 0]) + 1) + 1, 1)
             pixels = _pictures(composer, stories, streams, seen)
-            memory = stream.begin(exam.model, len(moments))
+            memory = stream.begin(exam.model, len(moments), exam.capacity)
             for step in range(seen.shape[1]):
                 times = (stories.t0[streams[:, 0]] + seen[:, step].astype(float)).tolist()
                 memory = batched.observe(exam.model, memory, pixels[:, step], times)
@@ -194,7 +200,7 @@ def blind(exam: Exam, meter: Meter) -> list[str]:
     for line, ask in enumerate(exam.asks):
         first.setdefault(ask.question.text, line)
     quiz = Quiz(exam, meter)
-    quiz.ask(stream.begin(exam.model), [0] * len(first), list(first.values()))
+    quiz.ask(stream.begin(exam.model, 1, exam.capacity), [0] * len(first), list(first.values()))
     given = quiz.finish()
     return [given[first[ask.question.text]] for ask in exam.asks]
 

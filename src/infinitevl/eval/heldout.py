@@ -17,11 +17,15 @@ from typing import Any
 import torch
 
 from infinitevl import weights
-from infinitevl.eval import record
+from infinitevl.eval import record, room
+from infinitevl.eval.batched import tokens_seen
 from infinitevl.eval.exam import AT_MOST, CONTROLS, FULL, Exam, answers
+from infinitevl.eval.needles import FRAME
 from infinitevl.files import written_aside
+from infinitevl.model import Model
 from infinitevl.synth import heldout
 from infinitevl.synth.heldout import Ask, Score
+from infinitevl.synth.world import Stories
 
 RULE = "at every age up to four windows at least twice the best control"
 RULE_ROWS = ("age1", "age2", "age4")
@@ -118,14 +122,17 @@ def run(
     """The test of a checkpoint. Progress goes to stderr.
 
     dtype None: float32 on CPU, bfloat16 elsewhere. limit: only so many streams of each world, for a quick look; the
-    report says so. at_once: questions in a batch (None: 64 on CPU, 1024 elsewhere; 1.4 MB of memory each).
+    report says so. at_once: questions in a batch (None: 64 on CPU, 1024 elsewhere, 1.4 MB of memory each; of a model
+    without a window as many as fit).
     ValueError for an unknown control or a limit below 1; CheckpointError and ConfigError of `weights.load`.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"a limit of {limit} streams leaves nothing to ask; it must be at least 1")
     model = weights.load(where, device, dtype)
     asks = tuple(ask for ask in heldout.plan() if limit is None or ask.stream < limit)
-    exam = Exam(model, heldout.worlds(), asks, at_once or (64 if model.device.type == "cpu" else 1024))
+    worlds = heldout.worlds()
+    capacity = room.capacity(model, _longest(model, worlds, asks), asks)
+    exam = Exam(model, worlds, asks, at_once or room.forks(model, capacity), capacity=capacity)
     began = clock.perf_counter()
     given = answers(exam, controls)
     about = {
@@ -137,6 +144,15 @@ def run(
         **record.circumstances(model),
     }
     return Report(asks, given, limit, about)
+
+
+def _longest(model: Model, worlds: Mapping[str, Stories], asks: Sequence[Ask]) -> int:
+    """Tokens of the longest stream that is watched; a late one's stamps have more digits."""
+    frames: dict[tuple[str, int], int] = {}
+    for ask in asks:
+        key = (ask.world, int(worlds[ask.world].t0[ask.stream]))
+        frames[key] = max(ask.frame + 1, frames.get(key, 0))
+    return max(int(tokens_seen(model, FRAME, [float(t0 + at) for at in range(n)])[-1]) for (_, t0), n in frames.items())
 
 
 def main(words: Sequence[str] | None = None) -> None:

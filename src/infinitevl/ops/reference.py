@@ -5,7 +5,7 @@ Softmax and delta arithmetic is float32 whatever comes in; results return in the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +41,11 @@ def linear(
     gated: the first half of the N channels is a gate, silu(gate) * rest, and N / 2 come out. onto: as the result.
     """
     y = x if norm is None else rms_norm(x=x, weight=norm[0], eps=norm[1])
-    y = F.linear(y, weight, bias)
+    return finished(F.linear(y, weight, bias), gated, onto)
+
+
+def finished(y: Tensor, gated: bool, onto: Tensor | None) -> Tensor:
+    """What `linear` does to its product y [..., N]: the gate and the sum."""
     if gated:
         gate, up = y.chunk(2, dim=-1)
         y = F.silu(gate) * up
@@ -57,14 +61,18 @@ def angles(*, positions: Tensor, frequency: Tensor, sections: tuple[int, int, in
     return phase.cos().float(), phase.sin().float()
 
 
-def place(*, positions: Tensor, seen: Tensor, clock: Tensor, held: Tensor, sinks: int) -> Placed:
-    """Where a chunk of positions [3, B, T], all of whose tokens are there, stands after `seen` [B] tokens, and what the
-    ring's index `held` [B, W] and the clock [B] are after it."""
+def place(*, positions: Tensor, seen: Tensor, clock: Tensor, held: Tensor, sinks: int, count: Tensor | None) -> Placed:
+    """Where a chunk of positions [3, B, T] stands after `seen` [B] tokens, and what the ring's index `held` [B, W] and
+    the clock [B] are after it. count int64 [B]: only so many tokens of a row are there, its first; None: all."""
     length = positions.shape[2]
-    index = seen[:, None] + torch.arange(length, device=seen.device)
+    step, latest = torch.arange(length, device=seen.device), positions.amax(0)
+    index = seen[:, None] + step
+    if count is not None:
+        there = step < count[:, None]
+        index, latest = torch.where(there, index, -1), torch.where(there, latest, -1)
     target = memory.target_slots(index, held, sinks)
-    clock = torch.maximum(clock, positions.amax((0, 2)) + 1)
-    return Placed(index, target, memory.write(held, target, index), seen + length, clock)
+    after = seen + (length if count is None else count)
+    return Placed(index, target, memory.write(held, target, index), after, torch.maximum(clock, latest.amax(1) + 1))
 
 
 def rotate(*, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -333,7 +341,6 @@ def gated_delta(
 
     Convolution and SiLU on q, k, v; unit q (times K^-0.5) and k; the gated delta rule; gated norm of each head.
     """
-    heads = projected.a.shape[-1]
     parts = projected[:3]
     joined, tail = causal_conv(
         x=torch.cat(parts, dim=-1),
@@ -342,9 +349,24 @@ def gated_delta(
         present=where.present,
         segment=where.segment,
     )
-    q, k, v = (x.unflatten(-1, (heads, -1)) for x in joined.split([x.shape[-1] for x in parts], dim=-1))
+    convolved = joined.split([x.shape[-1] for x in parts], dim=-1)
+    out, after = mixed(convolved, projected, weights, where, state.state, rule)
+    return out, Delta(tail, after)
+
+
+def mixed(
+    convolved: Sequence[Tensor],
+    projected: Projected,
+    weights: DeltaWeights,
+    where: Where,
+    state: Tensor,
+    rule: Callable[..., tuple[Tensor, Tensor]],
+) -> tuple[Tensor, Tensor]:
+    """What a delta mixer does with q, k and v once they are convolved; `gated_delta` has the rest."""
+    heads = projected.a.shape[-1]
+    q, k, v = (x.unflatten(-1, (heads, -1)) for x in convolved)
     g, beta = gates(projected.a, projected.b, weights.A_log, weights.dt_bias, where.present)
     q, k = l2_normalised(q) * q.shape[-1] ** -0.5, l2_normalised(k)
-    out, after = rule(q=q, k=k, v=v, g=g, beta=beta, state=state.state, segment=where.segment)
+    out, after = rule(q=q, k=k, v=v, g=g, beta=beta, state=state, segment=where.segment)
     gate = projected.gate.unflatten(-1, (heads, -1))
-    return gated_norm(x=out, gate=gate, weight=weights.norm, eps=weights.eps), Delta(tail, after)
+    return gated_norm(x=out, gate=gate, weight=weights.norm, eps=weights.eps), after

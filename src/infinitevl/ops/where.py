@@ -11,10 +11,11 @@ class Where(NamedTuple):
     """Where the tokens of a chunk stand; built once per chunk by `Model.forward` and shared by all blocks.
 
     cos, sin float32 [B, T, hd]: rotations of the tokens. index [B, T]: tokens before each, -1 for one that is not
-    there. present bool [B, T] or None when all are there; then also order [B, T], the place of the j-th token that is
-    there (those that are not come last), and count [B], how many are. segment [B, T] or None: a token sees only its own
-    segment (packed training). With a memory: seen [B] tokens before the chunk, held [B, W] the ring's index before it,
-    target [B, T] the slot each token is written to.
+    there. present bool [B, T] or None when all are there; then also count [B], how many are, and order [B, T], the
+    place of the j-th token that is there (those that are not come last), None where they are the first of their row.
+    segment [B, T] or None: a token sees only its own segment (packed training); then also bounds int32 [S + 1], where
+    segments begin (`flash.bounds`), on CUDA when all tokens are there. With a memory: seen [B] tokens before the chunk,
+    held [B, W] the ring's index before it, target [B, T] the slot each token is written to.
     """
 
     cos: Tensor
@@ -27,6 +28,7 @@ class Where(NamedTuple):
     seen: Tensor | None = None
     held: Tensor | None = None
     target: Tensor | None = None
+    bounds: Tensor | None = None
 
 
 class Placed(NamedTuple):

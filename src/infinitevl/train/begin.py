@@ -76,7 +76,9 @@ def begin(recipe: Recipe, stage: Stage, out: Path, resume: bool, world: World, t
     told = _introduced(student, names, about)
     for model in (student, teacher):
         if model is not None:
-            _spread(model, recipe, world)
+            parallel.shard(model, world)
+    if recipe.compile:
+        compile_blocks(student)
     masters = Masters(student, names, recipe, world)
     positions, step, counts = [0] * recipe.batch, 0, Counts()
     if found is not None:
@@ -155,7 +157,9 @@ def _models(recipe: Recipe, stage: Stage, world: World) -> tuple[Model, Model | 
     student = weights.load(checkpoint.model_folder(recipe.student), "cpu", dtype).to(world.device)
     if not stage.teacher:
         return student, None
-    teacher = weights.load(checkpoint.model_folder(recipe.teacher), world.device, dtype).requires_grad_(False)
+    by_way = world.device if world.size == 1 else "cpu"
+    teacher = weights.load(checkpoint.model_folder(recipe.teacher), by_way, dtype).to(world.device)
+    teacher.requires_grad_(False)
     one, other = student.config.text, teacher.config.text
     for name in ("hidden_size", "vocab_size"):
         if getattr(one, name) != getattr(other, name):
@@ -178,11 +182,16 @@ def prepared(student: Model, stage: Stage, recipe: Recipe) -> list[str]:
     return names
 
 
-def _spread(model: Model, recipe: Recipe, world: World) -> None:
-    parallel.shard(model, world)
-    if recipe.compile:
-        for block in model.blocks:
-            block.compile(dynamic=False)
+def compile_blocks(student: Model) -> None:
+    """Every block that trains or that gradients pass through, by torch.compile.
+
+    Rows of a batch are all of one length, pictures are not. A teacher's blocks have no gradients, and kernels of ours.
+    """
+    for block in student.blocks:
+        block.compile(dynamic=False)
+    if any(parameter.requires_grad for parameter in student.vision.parameters()):
+        for block in student.vision.blocks:
+            block.compile()
 
 
 def _about(recipe: Recipe, student: Model) -> dict[str, Any]:

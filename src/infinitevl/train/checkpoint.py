@@ -74,7 +74,7 @@ def save(
     if world.size > 1:
         dcp.save(tensors, checkpoint_id=aside / SHARDED)
     else:
-        _write_state(tensors, aside, recipe.compact)
+        write_parts(tensors, aside, recipe.compact)
     if world.first:
         torch.save(_random(), aside / RANDOM)
         (aside / STATE).write_text(json.dumps({"format": FORMAT, "step": step, **about}, indent=1) + "\n")
@@ -86,7 +86,7 @@ def save(
     return place
 
 
-def _write_state(tensors: dict[str, Tensor], folder: Path, compact: bool) -> None:
+def write_parts(tensors: dict[str, Tensor], folder: Path, compact: bool) -> None:
     """state-00001.safetensors and so on; compact: in bfloat16 and small parts, for places that take no large files."""
     held = {name: tensor.to(torch.bfloat16 if compact else tensor.dtype).cpu() for name, tensor in tensors.items()}
     limit = SMALL_PART_BYTES if compact else PART_BYTES
@@ -185,12 +185,17 @@ def load(path: Path, tensors: dict[str, Tensor], world: World) -> None:
     if (path / SHARDED).is_dir():
         dcp.load(tensors, checkpoint_id=path / SHARDED, no_dist=world.size == 1)
         return
-    found = {name: tensor for part in path.glob("state-*.safetensors") for name, tensor in load_file(part).items()}
+    found = read_parts(path)
     if set(found) != set(tensors):
         odd = sorted(set(found) ^ set(tensors))
         raise ResumeError(f"{path}: its state is of other parameters: {', '.join(odd[:4])}")
     for name, tensor in tensors.items():
         parallel.local(tensor).copy_(parallel.part(found[name], tensor))
+
+
+def read_parts(folder: Path) -> dict[str, Tensor]:
+    """What `write_parts` wrote."""
+    return {name: tensor for part in folder.glob("state-*.safetensors") for name, tensor in load_file(part).items()}
 
 
 def load_random(path: Path) -> None:

@@ -13,7 +13,7 @@ from infinitevl.model import Model
 from infinitevl.processor import patchify, resize
 from infinitevl.train.data import Batch, Pictures
 
-GRIDS = 64  # pictures that the vision encoder sees at once
+PATCHES = 65536  # that the vision encoder sees at once: 64 frames of 448x448, 1,024 of 112x112
 
 
 def embedded(model: Model, batch: Batch) -> Tensor:
@@ -28,9 +28,10 @@ def visual_tokens(model: Model, batch: Batch) -> Tensor:
 
 
 def _looked(model: Model, group: Pictures) -> Tensor:
-    """Pictures of one size -> visual tokens [N, D], some grids at a time."""
+    """Pictures of one size -> visual tokens [N, D], as many grids at a time as fit, at least one."""
     patches, grid = patchify(_pixels(group, model.device), model.processor.config, pair=group.pair)
-    return torch.cat([model.vision(part, *grid) for part in patches.split(GRIDS)]).flatten(0, 1)
+    at_once = max(1, PATCHES // patches.shape[1])
+    return torch.cat([model.vision(part, *grid) for part in patches.split(at_once)]).flatten(0, 1)
 
 
 def _pixels(group: Pictures, device: torch.device) -> Tensor:
@@ -50,7 +51,10 @@ def _composer(device: torch.device):  # type: ignore[no-untyped-def]  # its modu
 
 def place(model: Model, batch: Batch) -> Where:
     """Where the tokens of a batch stand, for its blocks."""
-    return model._where(batch.positions, None, None, batch.segment)[0]
+    where = model._where(batch.positions, None, None, batch.segment)[0]
+    if where.bounds is not None:  # segments are another number in every batch: a compiled block is one for all
+        torch._dynamo.maybe_mark_dynamic(where.bounds, 0)
+    return where
 
 
 def through(model: Model, hidden: Tensor, where: Where, checkpointing: bool) -> Tensor:

@@ -66,7 +66,7 @@ def train(recipe: Recipe, out: Path, resume: bool = False, tell: Tell = print, s
 def _steps(run: Run, told: threading.Event) -> Outcome:
     incoming, steps = parts(run.feed, run.world.device), run.recipe.steps
     while run.step < steps:
-        stop = _step(run, itertools.islice(incoming, run.feed.parts), told)
+        stop = step(run, itertools.islice(incoming, run.feed.parts), told)
         if stop or run.step == steps or run.step % run.recipe.save_every == 0:
             run.log.say(f"step {run.step}: saved to {_save(run)}")
         if stop:
@@ -75,9 +75,9 @@ def _steps(run: Run, told: threading.Event) -> Outcome:
     return Outcome(reason, run.step, checkpoint.checkpoints(run.out)[-1][1])
 
 
-def _step(run: Run, incoming: Iterator[Part], told: threading.Event) -> bool:
-    """One step; whether any process was told to stop."""
-    sums = _backward(run, incoming, told)
+def step(run: Run, incoming: Iterator[Part], told: threading.Event) -> bool:
+    """One step from the parts that this process has in it; whether any process was told to stop."""
+    sums = backward(run, incoming, told)
     tokens = max(sums.tokens, 1.0)
     norm, share = run.masters.reduce(tokens), rate_at(run.recipe, run.step)
     run.step += 1
@@ -94,7 +94,7 @@ def _step(run: Run, incoming: Iterator[Part], told: threading.Event) -> bool:
     return sums.stop > 0
 
 
-def _backward(run: Run, incoming: Iterator[Part], told: threading.Event) -> Sums:
+def backward(run: Run, incoming: Iterator[Part], told: threading.Event) -> Sums:
     """The gradients of this process's share of a step, in the masters; the sums over all processes."""
     sums = torch.zeros(4, dtype=torch.float64, device=run.world.device)
     troubles: list[Trouble] = []

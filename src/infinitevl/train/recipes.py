@@ -65,9 +65,9 @@ class Recipe:
     fps: float = 2.0  # at which a video is sampled, or less so that it has max_frames
     # the synthetic world
     synth_frames: int = 68  # seconds of a story
-    synth_segment: int = 17  # frames between questions
-    synth_asks: int = 4  # questions after each segment
-    synth_setting: Literal["reading", "short", "mixed", "long"] = "long"
+    synth_segment: int = 17  # frames of a story for each of its places for questions, which lie anywhere in it
+    synth_asks: int = 4  # questions at each place
+    synth_setting: Literal["reading", "short", "mixed", "long", "varied"] = "long"
     synth_now: float = 0.25  # share of questions about the present
     # the machine
     device: str = ""  # empty: cuda where there is one, else cpu
@@ -130,18 +130,19 @@ def stage1_logits_tiny() -> Recipe:
 
 
 def stage2_instruct_tiny() -> Recipe:
-    """2, likewise; trains=all trains a model from scratch."""
-    return replace(_tiny(stage2_instruct()), lr=5e-4)
+    """2, likewise, with the MLPs, as the paper's figure has it; trains=all trains a model from scratch."""
+    return replace(_tiny(stage2_instruct()), lr=5e-4, trains="mixers+mlp")
 
 
 def stage3_long_tiny() -> Recipe:
-    """3, likewise: stories of four times the length, everything in the mixers."""
-    longer = replace(_tiny(stage3_long()), batch=16, micro=4, length=6400, synth_frames=272)
-    return replace(longer, lr=2e-4, lora_rank=0, save_every=100)
+    """3, likewise: stories of four times the length, as dense as those that are tested; mixers and MLPs, no LoRA."""
+    longer = replace(_tiny(stage3_long()), batch=16, micro=4, length=6400, synth_frames=272, synth_setting="long")
+    return replace(longer, lr=2e-4, trains="mixers+mlp", lora_rank=0, save_every=100)
 
 
 def _tiny(recipe: Recipe) -> Recipe:
-    return replace(recipe, data="synth", steps=1000, batch=64, micro=16, length=1664, save_every=250)
+    shape = replace(recipe, data="synth", steps=1000, batch=64, micro=16, length=1664, save_every=250)
+    return replace(shape, synth_setting="varied")
 
 
 RECIPES: dict[str, Callable[[], Recipe]] = {

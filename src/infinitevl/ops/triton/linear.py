@@ -177,16 +177,18 @@ def one_row(
     norm: tuple[Tensor, float] | None,
     gated: bool,
     onto: Tensor | None,
+    scale: Tensor | None = None,
 ) -> Tensor:
-    """`linear` of one row, in one launch."""
+    """`linear` of one row, in one launch. scale: of each channel of an e4m3 weight."""
     size = x.shape[-1]
     channels = weight.shape[0] // 2 if gated else weight.shape[0]
     out = x.new_empty(*x.shape[:-1], channels) if onto is None else onto
     assert x.is_contiguous() and out.is_contiguous() and weight.stride(-1) == 1
-    wide, deep, warps = blocks_of(channels, size, gated)
+    wide, deep, warps = blocks_of(channels, size, gated, weight.itemsize)
     _one_row[(triton.cdiv(channels, wide),)](
         x,
         weight,
+        scale,
         bias,
         None if norm is None else norm[0],
         0.0 if norm is None else norm[1],
@@ -198,15 +200,19 @@ def one_row(
         GATED=gated,
         WIDE=wide,
         DEEP=deep,
+        GROUP=16 if weight.itemsize == 1 else 1,
         num_warps=warps,
         **early(x),
     )
     return out
 
 
-def blocks_of(channels: int, size: int, gated: bool) -> tuple[int, int, int]:
+def blocks_of(channels: int, size: int, gated: bool, itemsize: int = 2) -> tuple[int, int, int]:
     """Channels and depth of a tile, and warps: enough bytes on their way to keep the memory busy."""
-    wide, deep = (2, 2048) if gated or channels > 4096 else (4, 1024) if size > 4096 else (8, 512)
+    if itemsize == 1:  # as many bytes, and few instructions for each: unpacking them takes half of those there are
+        wide, deep = (8, 2048) if channels > 4096 and not gated else (4, 2048)
+    else:
+        wide, deep = (2, 2048) if gated or channels > 4096 else (4, 1024) if size > 4096 else (8, 512)
     return wide, min(deep, triton.next_power_of_2(size)), 4
 
 
@@ -214,6 +220,7 @@ def blocks_of(channels: int, size: int, gated: bool) -> tuple[int, int, int]:
 def _one_row(
     x,
     weight,
+    scale,
     bias,
     norm,
     eps,
@@ -225,6 +232,7 @@ def _one_row(
     GATED: tl.constexpr,
     WIDE: tl.constexpr,
     DEEP: tl.constexpr,
+    GROUP: tl.constexpr,
     EARLY: tl.constexpr,
 ) -> None:
     """WIDE channels. The norm's scale is one number, so it is applied to the finished product.
@@ -241,8 +249,8 @@ def _one_row(
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
-    product = tl.zeros([WIDE, DEEP], tl.float32)
-    second = tl.zeros([WIDE, DEEP], tl.float32)
+    product = tl.zeros([WIDE, DEEP // GROUP], tl.float32)
+    second = tl.zeros([WIDE, DEEP // GROUP], tl.float32)
     squares = tl.zeros([DEEP], tl.float32)
     for at in tl.static_range(0, SIZE, DEEP):
         y = tl.load(x + at + depth, mask=depth < SIZE - at, other=0.0).to(tl.float32)
@@ -253,14 +261,18 @@ def _one_row(
         if at + DEEP < SIZE:
             w = _tile(here, there, depth, at + DEEP, SIZE, DEEP)
             w_above = _tile(above, there, depth, at + DEEP, SIZE, DEEP) if GATED else w
-        product += now.to(tl.float32) * y[None]
+        product += _grouped(now.to(tl.float32) * y[None], WIDE, DEEP, GROUP)
         if GATED:
-            second += now_above.to(tl.float32) * y[None]
+            second += _grouped(now_above.to(tl.float32) * y[None], WIDE, DEEP, GROUP)
     total, total_above = tl.sum(product, 1), tl.sum(second, 1)
     if norm is not None:
-        scale = tl.rsqrt(tl.sum(squares, 0) / SIZE + eps)
-        total, total_above = total * scale, total_above * scale
+        length = tl.rsqrt(tl.sum(squares, 0) / SIZE + eps)
+        total, total_above = total * length, total_above * length
     inside = channel < channels
+    if scale is not None:
+        total *= tl.load(scale + channel, mask=inside, other=0.0)
+        if GATED:
+            total_above *= tl.load(scale + channels + channel, mask=inside, other=0.0)
     if bias is not None:
         total += tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
         if GATED:
@@ -270,6 +282,14 @@ def _one_row(
     if ONTO:
         total += tl.load(out + channel, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + channel, total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _grouped(x, WIDE: tl.constexpr, DEEP: tl.constexpr, GROUP: tl.constexpr):
+    """Sums [WIDE, DEEP // GROUP] of GROUP neighbours each, which one thread loads: fewer registers to sum in."""
+    if GROUP == 1:
+        return x
+    return tl.sum(tl.reshape(x, [WIDE, DEEP // GROUP, GROUP]), 2)
 
 
 @triton.jit

@@ -78,7 +78,7 @@ def _angles(
     tl.store(sin + to + HALF, s, mask=there)
 
 
-def place(*, positions: Tensor, seen: Tensor, clock: Tensor, held: Tensor, sinks: int) -> Placed:
+def place(*, positions: Tensor, seen: Tensor, clock: Tensor, held: Tensor, sinks: int, count: Tensor | None) -> Placed:
     """See `reference.place`."""
     _, rows, length = positions.shape
     slots = held.shape[1]
@@ -89,6 +89,7 @@ def place(*, positions: Tensor, seen: Tensor, clock: Tensor, held: Tensor, sinks
         seen,
         clock,
         held,
+        count,
         *placed,
         *positions.stride(),
         length,
@@ -107,6 +108,7 @@ def _place(
     seen,
     clock,
     held,
+    count,
     index,
     target,
     held_after,
@@ -128,15 +130,18 @@ def _place(
         gdc_wait()
     program, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     before = tl.load(seen + row)
-    last = before + length - 1
+    there = length
+    if count is not None:
+        there = tl.load(count + row).to(tl.int32)
+    last = before + there - 1
     ring = slots - sinks
     at = program * BLOCK + tl.arange(0, BLOCK)
 
     own = before + at
     slot = tl.where(own < sinks, own, sinks + (own - sinks) % ring)
     kept = (own < sinks) | (own > last - ring)
-    tl.store(index + row * length + at, own, mask=at < length)
-    tl.store(target + row * length + at, tl.where(kept, slot, slots), mask=at < length)
+    tl.store(index + row * length + at, tl.where(at < there, own, -1), mask=at < length)
+    tl.store(target + row * length + at, tl.where(kept & (at < there), slot, slots), mask=at < length)
 
     newest = last - (last - at) % ring  # the greatest index up to the last one that belongs to this slot
     newest = tl.where(at < sinks, at.to(tl.int64), newest)
@@ -146,11 +151,11 @@ def _place(
 
     if program == 0:
         most = tl.load(clock + row) - 1
-        for begin in tl.range(0, length, BLOCK):
+        for begin in tl.range(0, there, BLOCK):
             token = begin + tl.arange(0, BLOCK)
             here = positions + row * row_step + token.to(tl.int64) * token_step
             for axis in tl.static_range(3):
-                position = tl.load(here + axis * axis_step, mask=token < length, other=-1)
+                position = tl.load(here + axis * axis_step, mask=token < there, other=-1)
                 most = tl.maximum(most, tl.max(position, 0))
         tl.store(clock_after + row, most + 1)
         tl.store(seen_after + row, last + 1)
