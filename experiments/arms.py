@@ -239,7 +239,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--toy", action="store_true", help="a smoke test: random teacher, two steps a stage")
     parser.add_argument("--out", type=Path, help="folder for runs/ and results/ (default: the experiment's)")
     args = parser.parse_args(words)
-    os.environ |= CORES
+    os.environ |= CORES | os.environ
     out = args.out or HERE / args.experiment / ("runs/toy" if args.toy else "")
     if args.toy:
         args.teacher, args.student = toy.checkpoints(out)

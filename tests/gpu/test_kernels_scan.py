@@ -40,16 +40,18 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels.torch, "empty_like", lambda x: like(x).fill_(torch.nan))
 
 
-def drawn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return (torch.randn(*shape) * 0.2).to(DEVICE, dtype)
+def drawn(*shape: int, dtype: torch.dtype = torch.float32, size: float = 0.2) -> Tensor:
+    return (torch.randn(*shape) * size).to(DEVICE, dtype)
 
 
 def walk(shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
-    """W, U, k_end, kept and the first state; some chunks keep nothing, some all."""
+    """W, U, k_end, kept and the first state; some chunks keep nothing, some all. Keys are of length 1 or so, as a
+    mixer makes them: 20 chunks of longer ones leave float16."""
     B, H, N, K, V = shape
     kept = torch.rand(B, H, N).round(decimals=1).to(DEVICE)
     state = torch.randn(B, H, K, V).to(DEVICE)
-    W, U, k_end = (drawn(B, H, N, 64, size, dtype=dtype) for size in (K, V, K))
+    W, k_end = (drawn(B, H, N, 64, K, dtype=dtype, size=K**-0.5) for _ in range(2))
+    U = drawn(B, H, N, 64, V, dtype=dtype)
     return [W, U, k_end, kept, state]
 
 

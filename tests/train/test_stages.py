@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
 import infinitevl
-from infinitevl import weights
+from infinitevl import ops, weights
 from infinitevl.config import DELTA
 from infinitevl.model import Model
 from infinitevl.processor import Processor
@@ -146,6 +147,19 @@ def test_checkpointing_changes_nothing(checkpoints: dict[str, str], batch: Batch
         loss.total.backward()
         found.append([p.grad for name, p in student.named_parameters() if name in names])
     assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(*found, strict=True))
+
+
+def test_what_is_recomputed_in_another_thread_is_what_was_pinned(
+    checkpoints: dict[str, str], batch: Batch, toy_recipe: Make
+) -> None:
+    """On CUDA autograd has threads of its own, in which no pin was set."""
+    student = weights.load(checkpoints["student"])
+    recipe = toy_recipe("stage2_instruct", checkpointing=True)
+    prepared(student, STAGES["stage2_instruct"], recipe)
+    with ops.pinned(gated_delta="scan"):
+        (loss,) = STAGES["stage2_instruct"].loss(student, None, batch, recipe)
+        with ThreadPoolExecutor(1) as other:
+            other.submit(loss.total.backward).result()
 
 
 def test_pictures_are_seen_as_many_at_once_as_have_so_many_patches(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import functools
 
 import torch
@@ -62,7 +63,8 @@ def through(model: Model, hidden: Tensor, where: Where, checkpointing: bool) -> 
     again = checkpointing and torch.is_grad_enabled()
     for block in model.blocks:
         if again:
-            hidden, _ = checkpoint(block, hidden, where, None, use_reentrant=False, preserve_rng_state=False)
+            here = contextvars.copy_context().run  # on CUDA autograd recomputes in threads of its own: pins go with it
+            hidden, _ = checkpoint(here, block, hidden, where, None, use_reentrant=False, preserve_rng_state=False)
         else:
             hidden, _ = block(hidden, where, None)
     return model.norm(hidden)
