@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import os
 import runpy
 import sys
@@ -137,9 +138,9 @@ def do(words: list[str], place: Place, out: Path, seed: int) -> int:
         return 0
     if words[0] == "scratch":
         return scratch(Path(words[1]), out, seed)
-    if words[0] == "script":
-        return runpy.run_path(str(HERE / place.experiment / words[1]))["main"](words[2:])
     try:
+        if words[0] == "script":
+            return runpy.run_path(str(HERE / place.experiment / words[1]))["main"](words[2:])
         cli.main(words)
     except SystemExit as end:
         return int(end.code or 0)
@@ -203,17 +204,24 @@ def work(arm: Arm, place: Place) -> None:
 # The command
 
 
+class ArmsError(ValueError):
+    """A command line that cannot be run as it is; the message says what to change."""
+
+
 def execute(place: Place, only: str | None, processes: int, seconds: float, resume: bool) -> int:
-    """Run an experiment as the command line says; its exit code: 1 where an arm failed, 130 where some are not done."""
+    """Run an experiment as the command line says; its exit code: 1 where an arm failed, 130 where some are not done.
+
+    ArmsError for arms that are not there, runs that are, and a teacher that lacks.
+    """
     every = arms(place)
     chosen = [arm for arm in every if only in (None, arm.name, arm.title)]
     if not chosen:
-        raise SystemExit(f"--only {only}: there are {', '.join(arm.title for arm in every)}")
+        raise ArmsError(f"--only {only}: there are {', '.join(arm.title for arm in every)}")
     if not resume and any(arm.journal for arm in chosen):
-        raise SystemExit(f"{place.out / 'runs'} holds runs of these arms: --resume goes on with them, or remove them")
+        raise ArmsError(f"{place.out / 'runs'} holds runs of these arms: --resume goes on with them, or remove them")
     lacks = not Path(place.teacher, "config.json").is_file()
     if lacks and any("{teacher}" in line for arm in chosen for line in arm.lines):
-        raise SystemExit(f"{place.teacher}: no checkpoint there; experiments/default_checkpoint/README.md trains one")
+        raise ArmsError(f"{place.teacher}: no checkpoint there; experiments/default_checkpoint/README.md trains one")
     if processes:
         codes = side_by_side(work, {arm.title: (arm, place) for arm in chosen}, processes, seconds)
     else:
@@ -239,12 +247,17 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--toy", action="store_true", help="a smoke test: random teacher, two steps a stage")
     parser.add_argument("--out", type=Path, help="folder for runs/ and results/ (default: the experiment's)")
     args = parser.parse_args(words)
+    if args.processes < 0 or not args.seconds > 0 or not 0 < args.scale < math.inf:
+        parser.error("--processes is 0 or more, --seconds and --scale are above 0")
     os.environ |= CORES | os.environ
     out = args.out or HERE / args.experiment / ("runs/toy" if args.toy else "")
     if args.toy:
         args.teacher, args.student = toy.checkpoints(out)
     place = Place(args.experiment, out, args.teacher, args.student, args.scale, args.toy)
-    return execute(place, args.only, args.processes, args.seconds, args.resume)
+    try:
+        return execute(place, args.only, args.processes, args.seconds, args.resume)
+    except ArmsError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

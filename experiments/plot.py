@@ -25,9 +25,18 @@ Row = dict[str, Any]
 PANELS = {"in view": ("now",), "unseen fonts": ("fonts",), "out of the window": ("age1", "age2", "age4", "age8")}
 
 
+class ResultsError(ValueError):
+    """Results that are not there; the message says where they would be."""
+
+
 def newest(path: Path) -> list[Row]:
-    """The rows of results of the scale of the last one: of those of one arm, seed and line the last."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    """The rows of results of the scale of the last one: of those of one arm, seed and line the last.
+
+    ResultsError where there are none.
+    """
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    if not rows:
+        raise ResultsError(f"{path}: no results there; experiments/arms.py writes them (of a toy run: --toy)")
     rows = [row for row in rows if row["scale"] == rows[-1]["scale"]]
     return list({(row["arm"], row["seed"], row["line"], row["steps"]): row for row in rows}.values())
 
@@ -166,15 +175,19 @@ def draw(experiment: str, results: Path) -> Path:
     return results / "figure.png"
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("experiment", choices=sorted(FIGURES))
     parser.add_argument("--out", type=Path, help="the folder of its results/ (default: the experiment's)")
-    args = parser.parse_args()
-    results = (args.out or HERE / args.experiment) / "results"
-    if FIGURES[args.experiment] in (curves, bars):
-        print(table(newest(results / "arms.jsonl")))
-    print(draw(args.experiment, results))
+    parser.add_argument("--toy", action="store_true", help="what arms.py --toy found, where it leaves that")
+    args = parser.parse_args(words)
+    results = (args.out or HERE / args.experiment / ("runs/toy" if args.toy else "")) / "results"
+    try:
+        if FIGURES[args.experiment] in (curves, bars):
+            print(table(newest(results / "arms.jsonl")))
+        print(draw(args.experiment, results))
+    except ResultsError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -19,10 +19,12 @@ import torch
 from torch import Tensor
 
 from infinitevl import rope, stream, weights
+from infinitevl.config import ConfigError
 from infinitevl.eval import batched, record
 from infinitevl.eval.exam import AT_MOST, Exam, painted
 from infinitevl.memory import Memory
 from infinitevl.model import Model
+from infinitevl.ops.fp8 import Fp8Error
 from infinitevl.synth import heldout
 from infinitevl.synth.heldout import Ask
 from infinitevl.synth.world import Stories
@@ -141,15 +143,23 @@ def _row(found: Sequence[Found]) -> dict[str, float]:
     }
 
 
-def main() -> int:
+def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=weights.DEFAULT)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--streams", type=int, default=STREAMS, help="of each world (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "accuracy.json")
-    asked = parser.parse_args()
+    asked = parser.parse_args(words)
+    most = max(ask.stream for ask in heldout.plan()) + 1
+    if not 1 <= asked.streams <= most:
+        parser.error(f"--streams {asked.streams}: a world has 1 to {most}")
     began = clock.perf_counter()
-    plain, rounded = (weights.load(asked.model, asked.device, fp8=fp8) for fp8 in (False, True))
+    try:
+        plain, rounded = (weights.load(asked.model, asked.device, fp8=fp8) for fp8 in (False, True))
+    except (weights.CheckpointError, ConfigError) as error:
+        parser.exit(3, f"{parser.prog}: {error}\n")
+    except Fp8Error as error:  # a device that cannot do this
+        parser.error(str(error))
     found = list(compared(plain, rounded, asked.streams))
     told = summary(found) | {"rows": by_row(found), "streams": asked.streams}
     record.write(asked.out, told | {"seconds": clock.perf_counter() - began} | record.circumstances(plain))

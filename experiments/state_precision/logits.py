@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from infinitevl import weights
+from infinitevl.config import ConfigError
 from infinitevl.eval import batched, recall, record
 from infinitevl.eval.batched import Watcher
 from infinitevl.memory import Delta, Memory
@@ -87,9 +88,14 @@ def main(words: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(words)
+    if min(args.tokens, args.every, args.streams) < 1 or args.seed < 0:
+        parser.error("--tokens, --every and --streams are 1 or more, --seed is 0 or more")
     began = time.perf_counter()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = weights.load(args.model, device)
+    try:
+        model = weights.load(args.model, device)
+    except (weights.CheckpointError, ConfigError) as error:
+        parser.exit(3, f"{parser.prog}: {error}\n")
     rows = run(model, args.tokens, args.every, args.streams, args.seed)
     about = {"streams": args.streams, "seconds": round(time.perf_counter() - began, 1), **record.circumstances(model)}
     record.write(args.out, {"rows": rows, **about})

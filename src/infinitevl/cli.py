@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -38,7 +40,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-evaluations = typer.Typer(help="Measure a checkpoint.")
+evaluations = typer.Typer(help="Measure a checkpoint.", epilog=EXITS)
 app.add_typer(evaluations, name="eval")
 
 
@@ -220,7 +222,7 @@ def bench(
         from infinitevl.bench.gate import GateError
         from infinitevl.watch import InputError
 
-        options = benches.Options(quick, full, device, tuple(only.split(",")) if only else (), train, fp8)
+        options = benches.Options(quick, full, device, () if only is None else tuple(only.split(",")), train, fp8)
         try:
             went_well = benches.command(options, out, against, plot)
         except benches.BenchError as error:
@@ -317,13 +319,11 @@ def heldout(
     with _one_line(debug):
         from infinitevl.eval import heldout as test
         from infinitevl.eval import record
-        from infinitevl.watch import InputError, check_place
+        from infinitevl.watch import check_place
 
         if out is not None:
             check_place(out)
         wanted = list(test.CONTROLS) if controls is None else controls.split(",")
-        if unknown := set(wanted) - set(test.CONTROLS):
-            raise InputError(f"--controls {unknown.pop()!r}: there are {', '.join(test.CONTROLS)}")
         result = test.run(model, *_place(device, dtype), wanted, limit)
         if out is not None:
             record.write(out, result.as_json())
@@ -335,7 +335,9 @@ def recall(
     model: Checkpoint = "tiny",
     tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Greatest age of what is asked for (default: 16384 on a CPU, else 524288)."),
+        typer.Option(
+            min=1, max=100_000_000, help="Greatest age of what is asked for (default: 16384 on a CPU, else 524288)."
+        ),
     ] = None,
     streams: Annotated[int | None, typer.Option(min=1, help="Side by side (default: 4 on a CPU, else 32).")] = None,
     controls: Annotated[
@@ -432,7 +434,10 @@ def _written(result: dict[str, Any], out: Path | None, plot: Path | None, draw: 
 def _load(where: str, device: str | None, dtype: Precision | None, fp8: bool = False) -> Model:
     from infinitevl.weights import load
 
-    return load(where, *_place(device, dtype), fp8)
+    model = load(where, *_place(device, dtype), fp8)
+    if fp8 and model.device.type == "cpu":
+        typer.echo("infinitevl: --fp8 on a CPU is slow: it shows what FP8 costs in accuracy, not its speed", err=True)
+    return model
 
 
 def _place(device: str | None, dtype: Precision | None) -> tuple[str, torch.dtype | None]:
@@ -445,7 +450,7 @@ def _place(device: str | None, dtype: Precision | None) -> tuple[str, torch.dtyp
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:  # torch's words for a device that it does not know or have
-        raise InputError(f"--device {name}: {_line(error)}") from error
+        raise InputError(f"--device {name}: torch finds no such device here (cpu is one)") from error
     return name, None if dtype is None else getattr(torch, dtype)
 
 
@@ -468,7 +473,8 @@ def _numbers(words: str | None) -> list[int] | None:
 def _one_line(debug: bool) -> Iterator[None]:
     """Within it, an error ends the command with one line on standard error (the traceback too, for --debug)."""
     try:
-        yield
+        with _terminable():
+            yield
     except typer.Exit:
         raise
     except KeyboardInterrupt:
@@ -482,6 +488,19 @@ def _one_line(debug: bool) -> Iterator[None]:
         code = _code(error)
         hint = f"unexpected {type(error).__name__}, --debug shows where: " if code == UNEXPECTED else ""
         raise typer.Exit(_refuse(hint + _line(error), code)) from None
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends a command as Ctrl-C does; `watch` and `train` hear both themselves, and save first."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _code(error: Exception) -> int:

@@ -145,7 +145,9 @@ def read_config(folder: Path) -> ModelConfig:
     try:
         return config_from_json(json.loads(path.read_text()))
     except FileNotFoundError:
-        raise CheckpointError(f"{folder}: no config.json there; is it a checkpoint folder?") from None
+        models = sorted(folder.glob("step-*/model"))
+        hint = f"it is a run's; its newest checkpoint is {models[-1]}" if models else "is it a checkpoint folder?"
+        raise CheckpointError(f"{folder}: no config.json there; {hint}") from None
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     except ValueError as error:

@@ -197,6 +197,7 @@ def test_out_of_time(run: Callable, measured: list[str], open_gate: None, monkey
     ("words", "complaint"),
     [
         (("--only", "frame,frames"), "infinitevl: --only frames: the parts are frame, breakdown, decode,"),
+        (("--only", ""), "infinitevl: --only : the parts are frame, breakdown, decode,"),
         (("--device", "tpu"), "infinitevl: --device tpu: "),
         (("--against", "none.json"), "infinitevl: none.json: cannot be read as a result: "),
         (("--out", "none/x.json"), "infinitevl: none/x.json: nothing can be written there"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -90,6 +92,9 @@ CASES = [
     ("eval heldout --out ./no/results.json", 2, "nothing can be written there"),
     ("eval heldout --limit 0", 2, "--limit"),
     ("eval heldout --controls full,nope", 2, "there are full, "),
+    ("eval heldout --controls blind,blind", 2, "control 'blind' is named twice"),
+    ("eval heldout --limit 100000", 2, "it must be 1 to 96, which is all of them"),
+    ("eval recall --tokens 100000001", 2, "--tokens"),
     ("nope", 2, "No such command"),
     ("eval", 2, "Missing command"),
 ]
@@ -144,7 +149,18 @@ def test_control_c_while_loading(run: Callable, monkeypatch: pytest.MonkeyPatch,
     assert run("watch", clip) == (130, "", "infinitevl: interrupted\n")
 
 
-@pytest.mark.parametrize("words", [[], ["--help"], ["watch", "--help"], ["ask", "--help"], ["doctor", "--help"]])
+def test_sigterm_ends_a_command_as_control_c_does(run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    from infinitevl.eval import heldout
+
+    monkeypatch.setattr(heldout, "run", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    assert run("eval", "heldout") == (130, "", "infinitevl: interrupted\n")
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["--help"], ["watch", "--help"], ["ask", "--help"], ["doctor", "--help"], ["eval", "--help"]]
+)
 def test_help_states_every_exit_code(run: Callable, words: list[str]) -> None:
     said = run(*words)
     flat = " ".join(said.out.split())
@@ -162,3 +178,11 @@ def test_version(run: Callable) -> None:
     from infinitevl import __version__
 
     assert run("--version") == (0, f"{__version__}\n", "")
+
+
+def test_a_runs_folder_is_no_checkpoint_but_holds_some(run: Callable, place: Path, tmp_path: Path) -> None:
+    for step in (2, 10):
+        shutil.copytree(place / "good", tmp_path / f"step-{step:08d}" / "model")
+    said = run("watch", place / "clip.mp4", "--model", tmp_path)
+    assert said.code == 3 and said.err.count("\n") == 1
+    assert f"its newest checkpoint is {tmp_path / 'step-00000010' / 'model'}" in said.err

@@ -16,7 +16,7 @@ pytest.importorskip("sklearn")
 from infinitevl import stream, weights
 from infinitevl.config import hybrid, tiny
 from infinitevl.eval import batched, exam, heldout, record, room
-from infinitevl.eval.exam import AT_MOST, CONTROLS, Exam
+from infinitevl.eval.exam import AT_MOST, CONTROLS, EvalError, Exam
 from infinitevl.memory import Delta
 from infinitevl.model import CapacityError, Model
 from infinitevl.processor import load_processor
@@ -247,8 +247,13 @@ def test_a_quick_look_says_that_it_is_one(model, asks, truth, small, tmp_path):
     assert report.as_json()["partial"] == "PARTIAL: the first 1 streams of each world only"
     assert report.markdown().startswith("**PARTIAL: the first 1 streams of each world only**\n")
     assert report.as_json()["tables"]["full"]["age1"]["share"] is None, "a row without questions"
-    with pytest.raises(ValueError, match="at least 1"):
-        heldout.run(tmp_path, limit=0)
+    most = max(ask.stream for ask in asks) + 1
+    assert heldout.run(tmp_path, controls=["blind"], limit=most).partial is None, "all of them are the whole test"
+    for limit in (0, most + 1):
+        with pytest.raises(EvalError, match=f"a limit of {limit} streams of each world: it must be 1 to {most}"):
+            heldout.run(tmp_path, limit=limit)
+    with pytest.raises(EvalError, match="control 'blind' is named twice"):
+        heldout.run(tmp_path, controls=["blind", "blind"])
 
 
 def test_a_number_travels_with_its_circumstances(model, tmp_path, monkeypatch):
@@ -259,7 +264,9 @@ def test_a_number_travels_with_its_circumstances(model, tmp_path, monkeypatch):
         "model.safetensors": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     }
     monkeypatch.setattr(record.sys, "orig_argv", ["/venv/bin/python", "/venv/bin/infinitevl", "eval", "a file.mp4"])
-    assert record.command() == "python infinitevl eval 'a file.mp4'"
+    assert record.command() == "infinitevl eval 'a file.mp4'"
+    monkeypatch.setattr(record.sys, "orig_argv", ["/venv/bin/python", "-m", "infinitevl", "eval", "x"])
+    assert record.command() == "python -m infinitevl eval x"
     with pytest.raises(ValueError):
         record.write(tmp_path / "out.json", {"share": math.nan})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors"], "nothing half-written"

@@ -12,8 +12,9 @@ pytest.importorskip("sklearn")
 
 from infinitevl import stream, weights
 from infinitevl.config import SOFTMAX
-from infinitevl.eval import figure, length, needles, room
+from infinitevl.eval import counts, figure, length, needles, room
 from infinitevl.eval.exam import AT_MOST, EvalError
+from infinitevl.synth.heldout import Count
 from infinitevl.synth.questions import NOW, STATES
 from infinitevl.video import Frame
 
@@ -84,13 +85,44 @@ def test_a_memory_of_fixed_size_stays_and_one_without_a_window_grows(tiny_model,
         told = found.as_json()
         assert json.loads(json.dumps(told, allow_nan=False)) == told and str(tmp_path) not in json.dumps(told)
         assert [each["frames"] for each in told["lengths"]] == [8, 32]
-        assert all(each["milliseconds"] > 0 for each in told["lengths"])
+        assert all(each["milliseconds_p90"] >= each["milliseconds"] > 0 for each in told["lengths"])
         sizes[name] = [each["bytes"] for each in told["lengths"]]
         figure.length(told, tmp_path / f"{name}.png")
         assert found.markdown().count("\n| ") == 2 and f"{sizes[name][1]:,}" in found.markdown()
+        first = told["lengths"][0]["full"]["now"]
+        cell = f"{first['share']:.1%} ({first['low']:.1%} to {first['high']:.1%}) of {first['asked']} |"
+        assert cell in found.markdown().splitlines()[2] and "p50 | p90 |" in found.markdown()
     assert sizes["hybrid"][0] == sizes["hybrid"][1]
     assert sizes["teacher"][1] > 2 * sizes["teacher"][0]
     assert {path.name for path in tmp_path.glob("*.png")} == {"hybrid.png", "teacher.png"}
+
+
+def test_the_times_are_the_middle_and_the_slow_end_of_the_last_steps(tiny_model, world, monkeypatch):
+    ticks = iter([0.0] * 4 + [at for n in range(1, 17) for at in (0.0, n / 1000)])  # the first four are not timed
+    monkeypatch.setattr(length, "_clock", lambda device: next(ticks))
+    monkeypatch.setattr(length, "plan", lambda world, frames: [])
+    found = length._fitting(tiny_model, world, 20, ["full"], True, length.Meter(1))
+    told = found.as_json()
+    assert (told["milliseconds"], told["milliseconds_p90"]) == (8.5, 14.5)
+
+
+def test_the_figure_shows_intervals_and_the_spread_of_times(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(figure, "_write", lambda drawn, path: made.append(drawn))
+    few, many, none = (counts.plain(Count(n // 2, n)) for n in (4, 400, 0))
+    points = [
+        {"frames": 8, "milliseconds": 2.0, "milliseconds_p90": 5.0, "bytes": 1, "full": {"now": few, "past": none}},
+        {"frames": 32, "milliseconds": 3.0, "milliseconds_p90": 3.5, "bytes": 1, "full": {"now": many, "past": few}},
+        {"frames": 128, "refused": "too long"},
+    ]
+    about = {"checkpoint": {"name": "made up"}, "streams": 3, "columns": {"full": ""}}
+    figure.length({**about, "lengths": points}, tmp_path / "l.png")
+    accuracy, time, _ = made[0].axes
+    drawn = [line.tolist() for axes in (accuracy, time) for each in axes.collections for line in each.get_segments()]
+    ends = [(8, few["low"], few["high"]), (32, many["low"], many["high"]), (32, few["low"], few["high"])]
+    ends += [(8, 2.0, 5.0), (32, 3.0, 3.5)]
+    assert drawn == [[[x, low], [x, high]] for x, low, high in ends]
+    assert made[0].get_suptitle() == "made up, 3 streams: accuracy, time and memory by length of stream"
 
 
 def test_what_does_not_fit_is_not_run_and_said(tmp_path, monkeypatch):

@@ -97,6 +97,13 @@ def test_less_than_a_window_is_refused():
         recall.ages(256, 255)
 
 
+def test_what_cannot_be_asked_is_refused_before_weights_are_loaded(tiny_model, tmp_path, monkeypatch):
+    weights.save(tiny_model, tmp_path)
+    monkeypatch.setattr(weights, "load", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(EvalError, match=f"--tokens 47 is less than a window of {WINDOW} tokens"):
+        recall.run(tmp_path, tokens=47)
+
+
 def test_half_a_million_tokens_are_laid_out_in_a_second(tiny_model):
     world, seen = recall.laid_out(tiny_model, 1 << 19, 1, 0)
     latest = max(needle.evidence for needle in world.needles if needle.evidence < CHAPTER)
@@ -160,8 +167,8 @@ def test_a_model_without_a_window_gets_a_memory_for_all_of_it(laid_out, asks):
     world, seen = recall.laid_out(model, TOKENS, STREAMS, 1)
     few = asks[::40]
     assert (room.capacity(model, int(seen[-1]), few) or 0) > seen[-1]
-    given, fresh = recall.watched(model, world, few, seen, ["full"], Upkeep())
-    assert len(given["full"]) == len(few) and fresh["gates"] == []
+    given, fresh = recall.watched(model, world, few, seen, COLUMNS, Upkeep())
+    assert [len(given[column]) for column in COLUMNS] == 3 * [len(few)] and fresh["gates"] == []
 
 
 def test_what_does_not_fit_is_refused(tiny_model, laid_out, asks, monkeypatch):
@@ -238,7 +245,11 @@ def test_a_run_is_told_with_its_circumstances(tiny_model, tmp_path):
 
 @pytest.mark.parametrize(
     ("columns", "says"),
-    [(["full", "deaf"], "no column 'deaf'; there are full, no_delta, blind"), (["blind"], "full is not")],
+    [
+        (["full", "deaf"], "no control 'deaf'; there are full, no_delta, blind"),
+        (["full", "blind", "full"], "control 'full' is named twice"),
+        (["blind"], "full is not"),
+    ],
 )
 def test_columns_that_mean_nothing_are_refused(columns, says):
     with pytest.raises(EvalError, match=says):

@@ -10,6 +10,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,8 +62,18 @@ def results(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "results" / "arms.jsonl").read_text().splitlines()]
 
 
+def refusal(command: Callable[[], object], capsys: pytest.CaptureFixture[str], code: int = 2) -> str:
+    """What a command says that ends with this code; the last line, after the usage."""
+    with pytest.raises(SystemExit) as left:
+        command()
+    assert left.value.code == code
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    return said.splitlines()[-1]
+
+
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_an_experiment_runs_from_end_to_end(tmp_path, checkpoints, few_questions, experiment):
+def test_an_experiment_runs_from_end_to_end(tmp_path, checkpoints, few_questions, experiment, capsys):
     for name in ("teacher", "student"):
         (tmp_path / name).symlink_to(checkpoints / name)
     words = [experiment, "--toy", "--processes", "0", "--out", str(tmp_path)]
@@ -74,8 +86,7 @@ def test_an_experiment_runs_from_end_to_end(tmp_path, checkpoints, few_questions
         assert row["experiment"] == experiment and row["versions"]["torch"] and row["hardware"]["cpu"]
         assert (row["tokens"] > 0) == (row["steps"] > 0) == (row["after"] is not None)
     assert plot.draw(experiment, tmp_path / "results").stat().st_size > 5000
-    with pytest.raises(SystemExit, match="--resume goes on with them"):
-        arms.main(words)
+    assert "--resume goes on with them" in refusal(lambda: arms.main(words), capsys)
     (tmp_path / "results" / "arms.jsonl").unlink()  # as where runs are kept and results are not
     assert arms.main([*words, "--resume"]) == 0
     assert results(tmp_path) == rows
@@ -193,18 +204,52 @@ def test_a_limit_ends_everything(tmp_path):
     [
         (["--only", "half"], "--only half: there are full-1"),
         (["--teacher", "nowhere"], "nowhere: no checkpoint there"),
+        (["--processes", "-3"], "--processes is 0 or more"),
+        (["--seconds", "-1"], "--seconds and --scale are above 0"),
+        (["--scale", "0"], "--seconds and --scale are above 0"),
     ],
 )
-def test_refusals(tmp_path, words, match):
-    with pytest.raises(SystemExit, match=match):
-        arms.main(["distillation", "--out", str(tmp_path), *words])
+def test_refusals(tmp_path, words, match, capsys):
+    assert match in refusal(lambda: arms.main(["distillation", "--out", str(tmp_path), *words]), capsys)
+
+
+def test_a_plot_of_nothing_is_refused_and_one_of_a_toy_run_is_found(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(plot, "HERE", tmp_path)
+    for words in (["distillation"], ["length"], ["data", "--toy"]):
+        assert "arms.jsonl: no results there" in refusal(lambda words=words: plot.main(words), capsys)
+    results = tmp_path / "distillation" / "runs" / "toy" / "results"
+    results.mkdir(parents=True)
+    (results / "arms.jsonl").touch()  # as before the first evaluation has ended
+    assert "no results there" in refusal(lambda: plot.main(["distillation", "--toy"]), capsys)
+    found = {name: {"total": [1, 2]} for name in ("now", "fonts", "age1", "age2", "age4", "age8")}
+    about = {"arm": "full", "seed": 1, "line": "eval", "steps": 2, "tokens": 9, "scale": 1.0, "result": found}
+    (results / "arms.jsonl").write_text(json.dumps(about) + "\n")
+    plot.main(["distillation", "--toy"])
+    assert (results / "figure.png").stat().st_size > 5000 and "| full | 1 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "code", "says"),
+    [
+        ("fp8/accuracy.py", "--model nosuch", 3, "nosuch: no such folder"),
+        ("fp8/accuracy.py", "--streams 0", 2, "--streams 0: a world has 1 to 96"),
+        ("state_precision/logits.py", "nosuch --out x", 3, "nosuch: no such folder"),
+        ("state_precision/logits.py", "tiny --out x --streams 0", 2, "--streams are 1 or more"),
+        ("state_precision/logits.py", "tiny --out x --every 0", 2, "--tokens, --every"),
+    ],
+)
+def test_scripts_refuse_in_one_line(script, words, code, says, capsys):
+    command = runpy.run_path(str(FOLDER / script))["main"]
+    assert says in refusal(lambda: command(words.split()), capsys, code)
 
 
 def test_a_failed_arm_is_named_and_the_others_go_on(tmp_path, capsys):
     """The exit code of a line that fails ends its arm, and the run tells."""
     place = arms.Place("data", tmp_path, "teacher", "student", 1.0, True)
     bad = arms.Arm("bad", 1, ("convert nowhere {out}",), tmp_path / "runs" / "bad-1")
-    assert arms.one_by_one([bad], place) == {"bad-1": 3}
+    worse = arms.Arm("worse", 1, ("script logits.py nowhere",), tmp_path / "runs" / "worse-1")
+    precise = replace(place, experiment="state_precision", toy=False)
+    assert arms.one_by_one([bad], place) | arms.one_by_one([worse, bad], precise) == {"bad-1": 3, "worse-1": 3}
     assert bad.journal[0]["code"] == 3 and "nowhere" in capsys.readouterr().err
     assert beside.ending(3) == "failed with 3: its out.txt says why"
 

@@ -7,8 +7,10 @@ import io
 import json
 import sys
 import types
+import warnings
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -342,6 +344,36 @@ def test_a_workers_refusal_is_one_line(processor: Processor, toy_recipe: Make, m
     assert str(error.value) == "nothing: of use"
 
 
+@pytest.mark.parametrize(("cores", "workers"), [({0}, 1), ({0, 1}, 2), ({0, 1, 2}, 2), (set(range(16)), 4)])
+def test_no_more_workers_than_cores(
+    cores: set[int], workers: int, processor: Processor, toy_recipe: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 8 that are asked for, as many as share the 4 parts of a step evenly; torch has nothing to warn of."""
+    from infinitevl.train import data
+
+    asked: list[int] = []
+
+    class Loader(data.DataLoader):
+        def __iter__(self):  # noqa: ANN204
+            asked.append(self.num_workers)
+            return iter(())
+
+    monkeypatch.setattr(data.os, "sched_getaffinity", lambda process: cores, raising=False)
+    monkeypatch.setattr(data, "DataLoader", Loader)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        feed = feed_of(toy_recipe("stage2_instruct", workers=8, micro=1), processor, range(4), [0] * 4)
+        assert list(parts(feed, torch.device("cpu"))) == [] and asked == [workers]
+
+
+def test_a_row_that_holds_no_story_is_refused_at_once(processor: Processor, toy_recipe: Make) -> None:
+    pytest.importorskip("sklearn")
+    recipe = toy_recipe("stage2_instruct", data="synth", synth_frames=6, length=6 * 16)
+    source_of(recipe, processor)
+    with pytest.raises(DataError, match="length=95: the 6 frames of a story are 96 tokens"):
+        source_of(replace(recipe, length=95), processor)
+
+
 def test_a_worker_process_gives_the_same(processor: Processor, toy_recipe: Make) -> None:
     recipe = toy_recipe("stage2_instruct", workers=1, micro=1)
     right = list(islice(parts(feed_of(recipe, processor, range(2), [0] * 4), torch.device("cpu")), 5))
@@ -456,7 +488,7 @@ def test_no_answer_of_a_story_is_told_before(processor: Processor, toy_recipe: M
     from infinitevl.synth.questions import NOW, STATES
     from infinitevl.train.synthetic import asked_in, things
 
-    recipe = toy_recipe("stage2_instruct", data="synth", synth_frames=68, synth_setting="varied")
+    recipe = toy_recipe("stage2_instruct", data="synth", synth_frames=68, synth_setting="varied", length=1664)
     source = source_of(recipe, processor)
     firsts, counts = [], []
     for number in range(40):
@@ -472,7 +504,7 @@ def test_no_answer_of_a_story_is_told_before(processor: Processor, toy_recipe: M
 
 def test_stories_begin_at_any_time(processor: Processor, toy_recipe: Make) -> None:
     pytest.importorskip("sklearn")
-    source = source_of(toy_recipe("stage2_instruct", data="synth"), processor)
+    source = source_of(toy_recipe("stage2_instruct", data="synth", length=1664), processor)
     starts = [int(stories.t0[b]) for stories, b, _ in map(source.story, range(60))]
     assert min(starts) < 120 and max(starts) > 480 and all(start % 4 == 0 for start in starts)
 

@@ -308,6 +308,7 @@ def test_data_of_which_nothing_can_be_used_ends_the_run(toy_recipe: Make, tmp_pa
     (tmp_path / "a.jsonl").write_text('{"x": 1}\n' * 3)
     with pytest.raises(DataError, match=r"3 samples in a row cannot be used; the first, a.jsonl:\d: no messages"):
         train(toy_recipe("stage2_instruct", data=str(tmp_path / "a.jsonl")), tmp_path / "run", tell=quiet)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
 @pytest.mark.parametrize(
@@ -317,6 +318,7 @@ def test_data_of_which_nothing_can_be_used_ends_the_run(toy_recipe: Make, tmp_pa
         ({"teacher": ""}, RecipeError, "stage1_layers distils: teacher="),
         ({"data": ""}, RecipeError, "data= names what is trained on"),
         ({"data": "none.json"}, DataError, "none.json: no such file"),
+        ({"device": "foo"}, RecipeError, "device=foo: "),
         ({"batch": 3, "micro": 2}, RecipeError, "batch=3 is not a multiple of micro=2 rows on each of 1 processes"),
         ({"lora_rank": 4}, RecipeError, "lora_rank is for stage3_long"),
         ({"teacher": "tiny"}, RecipeError, "teacher and student differ in hidden_size: 256 and 32"),
@@ -443,6 +445,18 @@ def test_the_log_and_the_progress_line(toy_recipe: Make, tmp_path: Path, monkeyp
     assert lines[1]["tokens"] > lines[0]["tokens"] > 0 and 0 < lines[0]["mfu"]
     shown = next(line for line in said if line.startswith("step 2/4"))
     assert all(word in shown for word in ("loss ", "tokens/s", "MFU ", " left", "lr 3.00e-03"))
+
+
+def test_where_the_peak_is_not_known_no_mfu_is_said(
+    toy_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from infinitevl.train import begin
+
+    monkeypatch.setattr(begin, "peak", lambda device: None)
+    said: list[str] = []
+    train(toy_recipe("stage1_layers", steps=1), tmp_path, tell=said.append)
+    shown = next(line for line in said if line.startswith("step 1/1"))
+    assert "tokens/s" in shown and "MFU" not in shown and "mfu" not in log_of(tmp_path)[0]
 
 
 def test_tensorboard_gets_the_same(toy_recipe: Make, tmp_path: Path) -> None:

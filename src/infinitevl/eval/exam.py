@@ -205,12 +205,18 @@ def blind(exam: Exam, meter: Meter) -> list[str]:
     return [given[first[ask.question.text]] for ask in exam.asks]
 
 
+def check_controls(names: Sequence[str], known: Iterable[str] = CONTROLS) -> None:
+    """EvalError for a control that is not known, or named twice."""
+    if unknown := sorted(set(names) - set(known)):
+        raise EvalError(f"no control {unknown[0]!r}; there are {', '.join(known)}")
+    if twice := [name for place, name in enumerate(names) if name in names[:place]]:
+        raise EvalError(f"control {twice[0]!r} is named twice; once is enough")
+
+
 def answers(exam: Exam, controls: Iterable[str] = CONTROLS) -> dict[str, list[str]]:
-    """For each control its answer to every line of the exam, in order."""
+    """For each control its answer to every line of the exam, in order. EvalError as `check_controls` raises it."""
     names = list(controls)
-    unknown = sorted(set(names) - set(CONTROLS))
-    if unknown:
-        raise ValueError(f"no control {unknown[0]!r}; there are {', '.join(CONTROLS)}")
+    check_controls(names)
     meter = Meter(_work(exam, names))
     given = watched(exam, [name for name in names if name in (FULL, "no_delta")], meter)
     if "last4" in names:

@@ -65,7 +65,9 @@ def recall(result: dict[str, Any], path: Path) -> None:
 
 
 def length(result: dict[str, Any], path: Path) -> None:
-    """Accuracy, time of a step and memory of a stream against its length in frames. Raises FigureError as `check`."""
+    """Accuracy with its 95 % interval, time of a step (p50 to p90) and memory of a stream against its length in frames.
+
+    Raises FigureError as `check` does."""
     check(path)
     figure = _figure()(figsize=(12.0, 3.8), layout="constrained")
     points = [point for point in result["lengths"] if "refused" not in point]
@@ -73,22 +75,32 @@ def length(result: dict[str, Any], path: Path) -> None:
     accuracy, time, memory = figure.subplots(1, 3)
     for column in result["columns"]:
         for row, colour in (("now", INK), ("past", OURS)):
-            share = [point[column][row]["share"] for point in points]
-            drawn = [(frames, each) for frames, each in zip(x, share, strict=True) if each is not None]
+            asked = [(point["frames"], point[column][row]) for point in points if point[column][row]["asked"]]
+            at, (share, low, high) = [at for at, _ in asked], _parts([each for _, each in asked])
             style = {"color": colour, "linestyle": DASHES.get(column, "-"), "marker": "o", "markersize": 4}
-            accuracy.plot([at for at, _ in drawn], [each for _, each in drawn], label=f"{row}, {column}", **style)
+            accuracy.vlines(at, low, high, color=colour, alpha=0.4, linewidth=3 if column == FULL else 1)
+            accuracy.plot(at, share, label=f"{row}, {column}", **style)
     accuracy.set_ylim(-0.02, 1.02)
     accuracy.legend(frameon=False, fontsize=8)
-    time.plot(x, [point["milliseconds"] for point in points], color=OURS, marker="o", markersize=4)
+    middle, slow = ([point[name] for point in points] for name in ("milliseconds", "milliseconds_p90"))
+    time.vlines(x, middle, slow, color=OURS, alpha=0.4, linewidth=3)
+    time.plot(x, middle, color=OURS, marker="o", markersize=4)
     memory.plot(x, [point["bytes"] / 2**20 for point in points], color=OURS, marker="o", markersize=4)
-    labels = ("right answers", f"ms a step of {result['streams']} streams", "MiB a stream")
+    labels = ("right answers, with the 95 % interval", "ms a step, p50 to p90", "MiB a stream")
     for axes, label in zip((accuracy, time, memory), labels, strict=True):
         _axis(axes, x, "frames of the stream", lambda frames: f"{frames:,}")
         axes.set_ylabel(label)
     for axes in (time, memory):
         axes.set_ylim(bottom=0)
-    figure.suptitle(f"{result['checkpoint']['name']}", fontsize=9)
+    told = f"{result['checkpoint']['name']}, {result['streams']} streams: accuracy, time and memory by length of stream"
+    figure.suptitle(told, fontsize=9)
     _write(figure, path)
+
+
+def _parts(counts: list[dict[str, Any]]) -> tuple[list[float], list[float], list[float]]:
+    """Shares, and the ends of their intervals."""
+    share, low, high = ([each[name] for each in counts] for name in ("share", "low", "high"))
+    return share, low, high
 
 
 def _axis(axes: Axes, x: list[float], label: str, told: Callable[[float], str]) -> None:

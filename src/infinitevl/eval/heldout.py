@@ -1,6 +1,6 @@
 """Follow a frame: the whole held-out test, from a checkpoint to the table of what it got right, controls beside it.
 
-python -m infinitevl.eval.heldout --model tiny --device cuda --out results.json
+infinitevl eval heldout tiny --out results.json
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from infinitevl import weights
 from infinitevl.eval import record, room
 from infinitevl.eval.batched import tokens_seen
-from infinitevl.eval.exam import AT_MOST, CONTROLS, FULL, Exam, answers
+from infinitevl.eval.exam import AT_MOST, CONTROLS, FULL, EvalError, Exam, answers, check_controls
 from infinitevl.eval.needles import FRAME
 from infinitevl.files import written_aside
 from infinitevl.model import Model
@@ -122,14 +122,16 @@ def run(
     """The test of a checkpoint. Progress goes to stderr.
 
     dtype None: float32 on CPU, bfloat16 elsewhere. limit: only so many streams of each world, for a quick look; the
-    report says so. at_once: questions in a batch (None: 64 on CPU, 1024 elsewhere, 1.4 MB of memory each; of a model
-    without a window as many as fit).
-    ValueError for an unknown control or a limit below 1; CheckpointError and ConfigError of `weights.load`.
+    report says so (as many as a world has at most are all of them). at_once: questions in a batch (None: 64 on CPU,
+    1024 elsewhere, 1.4 MB of memory each; of a model without a window as many as fit).
+    EvalError for a control that is unknown or named twice, or a limit that is below 1 or above what worlds have;
+    CheckpointError and ConfigError of `weights.load`.
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"a limit of {limit} streams leaves nothing to ask; it must be at least 1")
+    controls, every = list(controls), heldout.plan()
+    check_controls(controls)
+    limit = _limited(limit, max(ask.stream for ask in every) + 1)
     model = weights.load(where, device, dtype)
-    asks = tuple(ask for ask in heldout.plan() if limit is None or ask.stream < limit)
+    asks = tuple(ask for ask in every if limit is None or ask.stream < limit)
     worlds = heldout.worlds()
     capacity = room.capacity(model, _longest(model, worlds, asks), asks)
     exam = Exam(model, worlds, asks, at_once or room.forks(model, capacity), capacity=capacity)
@@ -144,6 +146,13 @@ def run(
         **record.circumstances(model),
     }
     return Report(asks, given, limit, about)
+
+
+def _limited(limit: int | None, most: int) -> int | None:
+    """The limit, None where that is all of a world's `most` streams. EvalError for one that means nothing."""
+    if limit is not None and not 1 <= limit <= most:
+        raise EvalError(f"a limit of {limit} streams of each world: it must be 1 to {most}, which is all of them")
+    return None if limit == most else limit
 
 
 def _longest(model: Model, worlds: Mapping[str, Stories], asks: Sequence[Ask]) -> int:
@@ -170,7 +179,10 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--answers", type=Path, metavar="ANSWERS.jsonl", help="every question with all answers")
     args = parser.parse_args(words)
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    report = run(args.model, args.device, dtype, args.controls.split(","), args.limit, args.at_once)
+    try:
+        report = run(args.model, args.device, dtype, args.controls.split(","), args.limit, args.at_once)
+    except EvalError as error:
+        parser.error(str(error))
     if args.answers:
         report.write_answers(args.answers)
     if args.out:

@@ -6,7 +6,6 @@ Beside what is right: milliseconds that a frame took at that length, and the byt
 
 from __future__ import annotations
 
-import statistics
 import time as clock
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -66,14 +65,15 @@ def _now(world: Long, frame: int) -> list[Ask]:
 
 @dataclass(frozen=True)
 class Length:
-    """What was found at one length. milliseconds: of a step, all streams in it; nbytes: of one stream's memory.
+    """What was found at one length. nbytes: of one stream's memory.
 
+    milliseconds: of a step, all streams in it, the middle and the ninth decile of those timed: others use a CPU, too.
     counts: by column and row. refused: why it was not run, with nothing else found.
     """
 
     frames: int
     tokens: int
-    milliseconds: float | None = None
+    milliseconds: tuple[float, float] | None = None
     nbytes: int | None = None
     counts: Mapping[str, Mapping[str, Count]] | None = None
     refused: str | None = None
@@ -81,10 +81,11 @@ class Length:
     def as_json(self) -> dict[str, Any]:
         """Plain data: the counts by column and row, or why there are none."""
         place = {"frames": self.frames, "tokens": self.tokens}
-        if self.counts is None:
+        if self.counts is None or self.milliseconds is None:
             return {**place, "refused": self.refused}
+        middle, slow = self.milliseconds
         found = {column: {row: counts.plain(n) for row, n in rows.items()} for column, rows in self.counts.items()}
-        return {**place, "milliseconds": self.milliseconds, "bytes": self.nbytes, **found}
+        return {**place, "milliseconds": middle, "milliseconds_p90": slow, "bytes": self.nbytes, **found}
 
 
 @dataclass(frozen=True)
@@ -96,22 +97,29 @@ class Report:
     about: dict[str, Any]
 
     def markdown(self) -> str:
-        """The table by length; below it what did not fit."""
+        """The table by length, with how many were asked and the 95 % interval; below it what did not fit."""
         heads = ["frames", "tokens", *(f"{row}, {column}" for column in self.columns for row in ROWS)]
         rows = [
             [f"{each.frames:,}", f"{each.tokens:,}"]
-            + [counts.cell(each.counts[column][row]) for column in self.columns for row in ROWS]
-            + [f"{each.milliseconds:.1f}", f"{each.nbytes:,}"]
+            + [_cell(each.counts[column][row]) for column in self.columns for row in ROWS]
+            + [*(f"{time:.1f}" for time in each.milliseconds), f"{each.nbytes:,}"]
             for each in self.found
-            if each.counts is not None
+            if each.counts is not None and each.milliseconds is not None
         ]
         refused = [f"\n{each.frames:,} frames were not run: {each.refused}\n" for each in self.found if each.refused]
-        return counts.table([*heads, "ms a step", "bytes a stream"], rows) + "".join(refused)
+        heads += ["ms a step, p50", "p90", "bytes a stream"]
+        said = "\nin brackets the 95 % interval\n"
+        return counts.table(heads, rows) + said + "".join(refused)
 
     def as_json(self) -> dict[str, Any]:
         """Everything but the answers, as plain data."""
         columns = {column: CONTROLS[column] for column in self.columns}
         return {**self.about, "columns": columns, "lengths": [each.as_json() for each in self.found]}
+
+
+def _cell(count: Count) -> str:
+    """A share with its interval, and of how many; a dash where nothing was asked."""
+    return f"{counts.cell(count, spread=True)}" + (f" of {count.asked}" if count.asked else "")
 
 
 def run(
@@ -128,7 +136,7 @@ def run(
 
     frames: of the longest (None: 512 on a CPU, 4,096 elsewhere); streams: rows (None: 8 and 32). eager: on CUDA do not
     record steps. A length that does not fit the device is said to be refused, and no longer one is tried.
-    EvalError for a column that is none of `COLUMNS`, or less than 8 frames or one stream; RoomError where even the
+    EvalError for columns that `check_columns` refuses, or less than 8 frames or one stream; RoomError where even the
     shortest does not fit; those of `weights.load`.
     """
     check_columns(columns, COLUMNS)
@@ -166,7 +174,7 @@ def _fitting(model: Model, world: Long, frames: int, columns: Sequence[str], eag
     except room.RoomError as error:
         return Length(frames, int(seen[-1]), refused=str(error))
     exam = Exam(model, {}, asks, room.forks(model, room_for))
-    found, steps, nbytes = {}, 0.0, 0
+    found, steps, nbytes = {}, None, 0
     for column in columns:
         watcher = Watcher(model, world.streams, room_for, recorded=False if eager else None)
         quiz = Quiz(exam, meter)
@@ -174,12 +182,12 @@ def _fitting(model: Model, world: Long, frames: int, columns: Sequence[str], eag
         found[column] = _counted(asks, quiz.finish())
         if column == FULL:
             steps, nbytes = taken, watcher.memory.nbytes // world.streams
-    return Length(frames, int(seen[-1]), round(steps, 3), nbytes, found)
+    return Length(frames, int(seen[-1]), steps, nbytes, found)
 
 
 @torch.no_grad()
-def _watch(watcher: Watcher, world: Long, frames: int, forgetting: bool, quiz: Quiz) -> float:
-    """So many frames into every row, with what is asked on the way -> milliseconds that one of the last took."""
+def _watch(watcher: Watcher, world: Long, frames: int, forgetting: bool, quiz: Quiz) -> tuple[float, float]:
+    """So many frames into every row, with what is asked on the way -> milliseconds of the last ones, p50 and p90."""
     device, taken = watcher.model.device, []
     for frame, pixels in enumerate(world.pictures(0, frames, device)):
         if forgetting:
@@ -191,7 +199,8 @@ def _watch(watcher: Watcher, world: Long, frames: int, forgetting: bool, quiz: Q
         lines = [line for line, ask in enumerate(quiz.exam.asks) if ask.frame == frame]
         quiz.ask(watcher.memory, [quiz.exam.asks[line].stream for line in lines], lines)
         quiz.meter.add(world.streams)
-    return 1000 * statistics.median(taken)
+    middle, slow = np.quantile(taken, (0.5, 0.9)) * 1000
+    return round(float(middle), 3), round(float(slow), 3)
 
 
 def _clock(device: torch.device) -> float:

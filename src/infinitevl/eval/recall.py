@@ -7,6 +7,7 @@ asked for on forks when half a window of tokens has come after its last sight, t
 from __future__ import annotations
 
 import math
+import sys
 import time as clock
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ import torch
 from infinitevl import weights
 from infinitevl.eval import counts, freshness, needles, record, room
 from infinitevl.eval.batched import Watcher, tokens_seen
-from infinitevl.eval.exam import CONTROLS, FULL, EvalError, Exam, Meter, Quiz, blind, without_delta
+from infinitevl.eval.exam import CONTROLS, FULL, EvalError, Exam, Meter, Quiz, blind, check_controls, without_delta
 from infinitevl.eval.needles import CHAPTER, FRAME, KINDS, OPEN, Long, Needle
 from infinitevl.memory import Delta, Memory
 from infinitevl.model import Model
@@ -200,16 +201,17 @@ def run(
     """Recall by age of a checkpoint. Progress goes to stderr.
 
     tokens: the greatest age (None: 16,384 on a CPU, 524,288 elsewhere); streams: rows (None: 4 and 32). A model
-    without a window gets a memory for all of it, its ages in windows of the held-out test. EvalError for a column that
-    is none of `COLUMNS`, less than a window of tokens or one stream; RoomError; those of `weights.load`.
+    without a window gets a memory for all of it, its ages in windows of the held-out test. EvalError for columns that
+    `check_columns` refuses, less than a window of tokens or one stream; RoomError; those of `weights.load`.
     """
     check_columns(columns, COLUMNS)
-    model = weights.load(where, device, dtype)
-    on_cpu, began = model.device.type == "cpu", clock.perf_counter()
-    tokens = tokens or (1 << 14 if on_cpu else 1 << 19)
-    window = model.config.text.window or heldout.WINDOW
+    on_cpu = torch.device(device).type == "cpu"
+    tokens, streams = tokens or (1 << 14 if on_cpu else 1 << 19), streams or (4 if on_cpu else 32)
+    window = weights.read_config(weights.locate(where)).text.window or heldout.WINDOW
     wanted = ages(window, tokens)
-    world, seen = laid_out(model, tokens, streams or (4 if on_cpu else 32), seed)
+    model, began = weights.load(where, device, dtype), clock.perf_counter()
+    print(f"laying out streams in which things reach an age of {tokens:,} tokens", file=sys.stderr, flush=True)
+    world, seen = laid_out(model, tokens, streams, seed)
     asks = plan(world.needles, seen, window, wanted)
     given, fresh = watched(model, world, asks, seen, columns, upkeep or Upkeep())
     about = {
@@ -227,9 +229,8 @@ def run(
 
 
 def check_columns(columns: Sequence[str], known: Sequence[str]) -> None:
-    """EvalError for a column that is not known, and where `full` is not among them."""
-    if unknown := set(columns) - set(known):
-        raise EvalError(f"no column {sorted(unknown)[0]!r}; there are {', '.join(known)}")
+    """EvalError for a column that is not known or named twice, and where `full` is not among them."""
+    check_controls(columns, known)
     if FULL not in columns:
         raise EvalError(f"the model as it is must be asked too: {FULL} is not among {', '.join(columns)}")
 
@@ -256,7 +257,7 @@ def watched(
     capacious = room.capacity(model, int(seen[-1]), asks)
     watching = [column for column in columns if column != "blind"]
     room.check(model, len(watching) * world.streams, capacious)
-    exam = Exam(model, {}, asks, room.forks(model, capacious))
+    exam = Exam(model, {}, asks, room.forks(model, capacious), capacity=capacious)
     unasked = len({ask.question.text for ask in asks}) * ("blind" in columns)
     meter = Meter(len(watching) * (len(seen) * world.streams + len(asks)) + unasked)
     watchers = {column: Watcher(model, world.streams, capacious) for column in watching}

@@ -45,7 +45,7 @@ def versions() -> dict[str, str | None]:
 def command() -> str:
     """The command that runs now; of absolute paths only the last part, which means something elsewhere."""
     words = [Path(word).name if Path(word).is_absolute() else word for word in sys.orig_argv[1:]]
-    return shlex.join(["python", *words])
+    return shlex.join(words if words[:1] == ["infinitevl"] else ["python", *words])  # the installed entry has a name
 
 
 def hardware(device: torch.device) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from infinitevl import weights
 from infinitevl.model import Model
 from infinitevl.train import checkpoint, grad_check, lora, parallel
 from infinitevl.train.checkpoint import ResumeError
-from infinitevl.train.data import Feed
+from infinitevl.train.data import Feed, Order, Rows
+from infinitevl.train.folders import can_be_made
 from infinitevl.train.log import Log, Tell, flops_per_token, peak, spelled
 from infinitevl.train.masters import Masters
 from infinitevl.train.parallel import World
@@ -70,8 +71,10 @@ def begin(recipe: Recipe, stage: Stage, out: Path, resume: bool, world: World, t
         _check_same(about, found[1], out)
     names = prepared(student, stage, recipe)
     grad_check.guard(student.config.text, world.device, student.dtype)
-    opened = partial(open_source, recipe, student.processor, student.config)
-    opened()  # data that cannot be used is refused here and not by a worker
+    positions, step, counts = _stands(recipe, found)
+    share, opened = recipe.batch // world.size, partial(open_source, recipe, student.processor, student.config)
+    feed = Feed(opened, recipe, range(world.rank * share, (world.rank + 1) * share), positions)
+    _check_data(feed)
     flops = flops_per_token(student, teacher, names, stage.end_to_end)
     told = _introduced(student, names, about)
     for model in (student, teacher):
@@ -80,24 +83,28 @@ def begin(recipe: Recipe, stage: Stage, out: Path, resume: bool, world: World, t
     if recipe.compile:
         compile_blocks(student)
     masters = Masters(student, names, recipe, world)
-    positions, step, counts = [0] * recipe.batch, 0, Counts()
     if found is not None:
         path, state = found
         checkpoint.load(path, masters.state(), world)
         masters.restore(state["updates"])
         checkpoint.load_random(path)
-        positions, step, counts = state["positions"], state["step"], Counts(**state["counts"])
-    share = recipe.batch // world.size
-    feed = Feed(opened, recipe, range(world.rank * share, (world.rank + 1) * share), positions)
     if world.first:
         out.mkdir(parents=True, exist_ok=True)
         checkpoint.tidy(out)
-    log = Log(out, recipe.steps, recipe.log_every, recipe.tensorboard, tell, step)
+    log = Log(out, recipe.steps, recipe.log_every, recipe.tensorboard and step < recipe.steps, tell, step)
     at_most = peak(world.device)
     log.flops = None if at_most is None else flops / at_most / world.size
-    for line in told:
+    for line in told if step < recipe.steps else [f"{out}: already at its last step, {step}"]:
         log.say(line)
     return Run(recipe, stage, world, out, student, teacher, masters, feed, log, about, list(positions), step, counts)
+
+
+def _stands(recipe: Recipe, found: tuple[Path, dict[str, Any]] | None) -> tuple[list[int], int, Counts]:
+    """Where the row streams are, the step, and what was counted: of the checkpoint to go on from, or of a new run."""
+    if found is None:
+        return [0] * recipe.batch, 0, Counts()
+    state = found[1]
+    return state["positions"], state["step"], Counts(**state["counts"])
 
 
 def _seed(seed: int) -> None:
@@ -128,13 +135,21 @@ def _check(recipe: Recipe, stage: Stage, world: World) -> None:
 
 
 def _found(out: Path, resume: bool) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint to go on from; None for a new run."""
+    """The checkpoint to go on from; None for a new run. ResumeError for a folder that cannot take one."""
+    if not can_be_made(out):
+        raise ResumeError(f"{out}: nothing can be written there; give a folder, there already or not")
     if resume:
         return checkpoint.newest(out)
     held = checkpoint.checkpoints(out)
     if held:
         raise ResumeError(f"{out} holds a run at step {held[-1][0]}: --resume goes on with it, or choose another --out")
     return None
+
+
+def _check_data(feed: Feed) -> None:
+    """Data of which nothing can be used is refused here, not by a worker: the first row is made once more for that."""
+    source, recipe, row = feed.opened(), feed.recipe, feed.mine[0]
+    Rows(source, Order(source.size, recipe.batch, recipe.seed), recipe.length).next(row, feed.start[row])
 
 
 def _check_same(about: dict[str, Any], found: dict[str, Any], out: Path) -> None:
@@ -203,11 +218,10 @@ def _introduced(student: Model, names: list[str], about: dict[str, Any]) -> list
     """What a run says first: what the student has been through, what trains, and how much of it that is."""
     parameters = dict(student.named_parameters())
     count, total = sum(parameters[name].numel() for name in names), sum(p.numel() for p in parameters.values())
-    before = (
-        ", ".join(f"{each['stage']} ({each['steps']} steps)" for each in about["before"]) or "nothing that it tells"
-    )
+    runs = ", ".join(f"{each['stage']} ({each['steps']} steps)" for each in about["before"])
+    before = f"trained before by {runs}" if runs else "no record of earlier training"
     return [
-        f"student {about['recipe']['student']}: trained before by {before}",
+        f"student {about['recipe']['student']}: {before}",
         f"trains {len(names)} tensors, {count:,} of {total:,} parameters:",
         *(f"  {line}" for line in spelled(names)),
     ]

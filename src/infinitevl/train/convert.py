@@ -26,6 +26,7 @@ from infinitevl.config import DELTA, SOFTMAX, ModelConfig, TextConfig
 from infinitevl.files import folder_written_aside, written_aside
 from infinitevl.model import INIT_STD, Model
 from infinitevl.processor import load_processor
+from infinitevl.train.folders import can_be_made
 from infinitevl.weights import CheckpointError, Stored
 
 WINDOW = 8192  # tokens; of the published checkpoint
@@ -132,8 +133,10 @@ def convert(
 
     layers: numbers of those that stay softmax (None: every fourth from 0); window: tokens that they see; seed: of what
     is drawn. Raises ConvertError for layers that the teacher does not have, CheckpointError or ConfigError for a
-    teacher that cannot be used, FileExistsError where `out` is there already; then nothing is written.
+    teacher that cannot be used, FileExistsError where `out` is there already, ConvertError where it cannot be made or
+    lies in the teacher's folder; then nothing is written.
     """
+    _check_out(Path(teacher).expanduser().resolve(), Path(out))
     with folder_written_aside(out) as aside:
         folder = weights.locate(teacher)
         found, tensors = _read(folder)
@@ -149,6 +152,14 @@ def convert(
         with written_aside(aside / REPORT) as file:
             file.write_text(json.dumps(asdict(report), indent=1) + "\n")
     return report
+
+
+def _check_out(teacher: Path, out: Path) -> None:
+    """Refuses, before any work, a folder that cannot be made, and one in the teacher's own, which stays as it is."""
+    if teacher.is_dir() and teacher in out.resolve().parents:
+        raise ConvertError(f"{out}: lies in the teacher's folder; give a folder outside of it")
+    if not can_be_made(out.absolute().parent):
+        raise ConvertError(f"{out}: nothing can be written there; give a folder that can be made")
 
 
 def every_fourth(teacher: ModelConfig) -> range:

@@ -8,6 +8,7 @@ Letters: B rows, T tokens of one, F frames.
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -271,7 +272,7 @@ class Feed(IterableDataset[Part]):
 
 def parts(feed: Feed, device: torch.device) -> Iterator[Part]:
     """The parts of a feed, made ahead by worker processes where the recipe has any. Raises DataError."""
-    workers = next(n for n in range(min(feed.recipe.workers, feed.parts), -1, -1) if not n or feed.parts % n == 0)
+    workers = shared_by(feed.parts, min(feed.recipe.workers, cores()))
     loader = DataLoader(
         feed,
         batch_size=None,
@@ -288,6 +289,16 @@ def parts(feed: Feed, device: torch.device) -> Iterator[Part]:
     except DataError as error:  # a worker's comes as its whole traceback, of which the last line is the message
         message = str(error).splitlines()[-1].removeprefix(f"{DataError.__module__}.{DataError.__name__}: ")
         raise DataError(message) from None
+
+
+def cores() -> int:
+    """The cores that this process may use: more workers than that would wait for each other."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def shared_by(parts: int, most: int) -> int:
+    """How many workers, `most` at the most, share the parts of a step evenly; 0: none."""
+    return next((workers for workers in range(min(parts, most), 0, -1) if parts % workers == 0), 0)
 
 
 def _as_it_is(part: Any) -> Any:

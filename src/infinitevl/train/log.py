@@ -144,7 +144,7 @@ def progress(step: int, steps: int, line: dict[str, Any], left: float) -> str:
         f"norm {line['norm']:.3g}",
         f"lr {line['lr']:.2e}",
         f"{line['tokens_per_second']:,.0f} tokens/s",
-        f"MFU {100 * line['mfu']:.1f} %" if "mfu" in line else "MFU unknown here",
+        *([f"MFU {100 * line['mfu']:.1f} %"] if "mfu" in line else []),
         f"{duration(left)} left",
     ]
     if line["skipped_steps"] or line["skipped_samples"]:

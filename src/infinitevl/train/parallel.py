@@ -20,6 +20,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from infinitevl.model import Model
+from infinitevl.train.recipes import RecipeError
 
 
 class World(NamedTuple):
@@ -39,13 +40,12 @@ class World(NamedTuple):
 def world(device: str) -> Iterator[World]:
     """The processes that torchrun started, or this one alone; device "cuda", "cpu", or empty for what there is.
 
-    A process group that is there already is used, and left.
+    A process group that is there already is used, and left. Raises RecipeError for a device that is not there.
     """
     rank, size, local = (
         int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
     )
-    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    where = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
+    where = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"), local)
     if where.type == "cuda":
         torch.cuda.set_device(where)
     begun = size > 1 and not dist.is_initialized()
@@ -56,6 +56,16 @@ def world(device: str) -> Iterator[World]:
     finally:
         if begun:
             dist.destroy_process_group()
+
+
+def _device(kind: str, local: int) -> torch.device:
+    """The device of the process that is the `local`-th of its machine."""
+    try:
+        where = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
+        torch.empty(0, device=where)
+    except (RuntimeError, AssertionError) as error:  # torch's words for a device that it does not know or have
+        raise RecipeError(f"device={kind}: {' '.join(str(error).split())}") from error
+    return where
 
 
 def shard(model: Model, world: World) -> None:

@@ -22,7 +22,7 @@ from infinitevl.processor import Ids, Processor, fit_frame
 from infinitevl.synth import atlas
 from infinitevl.synth import questions as quiz
 from infinitevl.synth.world import LONG, READING, SHORT, SIZE, TRAIN, Setting, Stories, make_stories
-from infinitevl.train.data import Pictures, Sample
+from infinitevl.train.data import DataError, Pictures, Sample
 from infinitevl.train.losses import IGNORED
 from infinitevl.train.recipes import Recipe
 
@@ -77,6 +77,15 @@ class Synthetic:
     recipe: Recipe
 
     size = None
+
+    def __post_init__(self) -> None:
+        """DataError where no story fits a row: its frames alone are too many tokens."""
+        least = self.recipe.synth_frames * self._side[0] * self._side[1]
+        if least > self.recipe.length:
+            raise DataError(
+                f"length={self.recipe.length}: the {self.recipe.synth_frames} frames of a story are {least} tokens; "
+                "raise length, or lower synth_frames"
+            )
 
     def name(self, number: int) -> str:
         return f"synth {number}"
