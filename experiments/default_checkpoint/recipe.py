@@ -5,13 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from infinitevl.config import SOFTMAX, hybrid
-from infinitevl.synth.world import LONG, READING, SHORT, Setting
+from infinitevl.synth.world import LONG, MIXED, READING, SHORT, Setting
+from infinitevl.train.synthetic import WEIGHTS
 
 STAMPED = 600  # seconds whose time stamps have one length, 0:00 to 9:59: all stories of a step are laid out alike
-# between SHORT and LONG: denser than what is tested, so that a short story holds several things to recall
-MIXED = Setting(
-    sign_frames=(1, 4), sign_gaps=(1, 6), letters=(2, 6), object_gaps=(4, 14), digit_gaps=(2, 10), state_frames=(6, 24)
-)
 
 
 @dataclass(frozen=True)
@@ -63,29 +60,13 @@ class Recipe:
     kinds: dict[str, float] = field(default_factory=dict)
 
 
-# how often a kind of question is drawn against the others of the present or of the past
-KINDS = {
-    "sign": 3.0,
-    "emblem_now": 1.5,
-    "door": 0.3,
-    "light": 0.3,
-    "word_by_emblem": 3.0,  # the slowest to learn, with the order of words
-    "emblem_by_word": 1.5,
-    "order": 2.0,
-    "word_at": 1.5,
-    "when_word": 1.5,
-    "count_past": 1.5,
-    "first_word": 0.5,
-}
-
-
 def default() -> Recipe:
     """The hybrid from scratch: about 25 minutes on one H200 (an estimate, from the speed of the first run).
 
     Reading first, one picture at a time; then stories of 34, 68, 136 and 272 frames (2 to 18 windows). Segments of 17
     frames put the questions at every distance from the last time stamp, and keep the shapes of all stories equal.
     """
-    return Recipe(phases=_phases(10, 10), kinds=KINDS)
+    return Recipe(phases=_phases(10, 10), kinds=WEIGHTS)
 
 
 def teacher() -> Recipe:
@@ -94,7 +75,7 @@ def teacher() -> Recipe:
     Fewer questions, because each copies a memory that grows with the story, 18 MB after 272 frames, and the backward
     keeps twice that.
     """
-    return Recipe(phases=_phases(5, 3), kinds=KINDS, layers=(SOFTMAX,) * 8, window=None)
+    return Recipe(phases=_phases(5, 3), kinds=WEIGHTS, layers=(SOFTMAX,) * 8, window=None)
 
 
 def _phases(asks: int, last: int) -> tuple[Phase, ...]:

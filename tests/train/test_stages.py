@@ -160,6 +160,7 @@ def test_what_is_recomputed_in_another_thread_is_what_was_pinned(
         (loss,) = STAGES["stage2_instruct"].loss(student, None, batch, recipe)
         with ThreadPoolExecutor(1) as other:
             other.submit(loss.total.backward).result()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in student.parameters() if p.requires_grad)
 
 
 def test_pictures_are_seen_as_many_at_once_as_have_so_many_patches(

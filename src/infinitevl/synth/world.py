@@ -111,6 +111,10 @@ SHORT = Setting(
     state_frames=(4, 16),
 )
 LONG = Setting()
+# between SHORT and LONG: denser than what is tested, so that a short story holds several things to recall
+MIXED = Setting(
+    sign_frames=(1, 4), sign_gaps=(1, 6), letters=(2, 6), object_gaps=(4, 14), digit_gaps=(2, 10), state_frames=(6, 24)
+)
 HELDOUT_SETTING = Setting()
 
 MAX_SIGNS, MAX_GROUPS, MAX_DIGITS = 26, 8, 40  # of a story; groups for each of the two rows of objects

@@ -21,16 +21,12 @@ from infinitevl.config import ModelConfig
 from infinitevl.processor import Ids, Processor, fit_frame
 from infinitevl.synth import atlas
 from infinitevl.synth import questions as quiz
-from infinitevl.synth.world import LONG, READING, SHORT, SIZE, TRAIN, Setting, Stories, make_stories
+from infinitevl.synth.world import LONG, MIXED, READING, SHORT, SIZE, TRAIN, Setting, Stories, make_stories
 from infinitevl.train.data import DataError, Pictures, Sample
 from infinitevl.train.losses import IGNORED
 from infinitevl.train.recipes import Recipe
 
 LATEST_START = 600  # seconds; stories that all began at 0:00 left every later stamp unlearned
-# denser than what is tested, so that a short story holds several things to recall
-MIXED = Setting(
-    sign_frames=(1, 4), sign_gaps=(1, 6), letters=(2, 6), object_gaps=(4, 14), digit_gaps=(2, 10), state_frames=(6, 24)
-)
 # the settings that stories take in turn
 SETTINGS = {
     name: tuple(replace(each, latest_start=LATEST_START) for each in turns)
