@@ -357,25 +357,33 @@ def run(args: argparse.Namespace) -> None:
     log = Path(args.out) / "log.jsonl"
     log.parent.mkdir(parents=True, exist_ok=True)
     run_phase, done = None, start
-    for phase, step, overall, batch in produced(recipe, start):
-        if phase is not run_phase:
-            run_phase, step_of, meter = phase, Step(model, composer, phase, args.record), Meter(device)
-        rate = rate_at(recipe, phase, step, overall)
-        result = step_of(batch)
-        meter.add(result)
-        norm = trainer.step(rate, result.gradients)
-        done = overall + 1
-        if not math.isfinite(norm):
-            print(f"step {done}: gradient is not finite; skipped", flush=True)
-        if done % args.every == 0 or step + 1 == phase.steps:
-            line = {"phase": phase.name, "step": done, "rate": round(rate, 6), "norm": round(norm, 2), **meter.line()}
-            line["seconds"] = round(time.perf_counter() - began, 1)
-            with log.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-            print(json.dumps(line), flush=True)
-        if time.perf_counter() - began > args.seconds:
-            break
-    finish(model, trainer, done, args)
+    try:
+        for phase, step, overall, batch in produced(recipe, start):
+            if phase is not run_phase:
+                run_phase, step_of, meter = phase, Step(model, composer, phase, args.record), Meter(device)
+            rate = rate_at(recipe, phase, step, overall)
+            result = step_of(batch)
+            meter.add(result)
+            norm = trainer.step(rate, result.gradients)
+            done = overall + 1
+            if not math.isfinite(norm):
+                print(f"step {done}: gradient is not finite; skipped", flush=True)
+            if done % args.every == 0 or step + 1 == phase.steps:
+                line = {
+                    "phase": phase.name,
+                    "step": done,
+                    "rate": round(rate, 6),
+                    "norm": round(norm, 2),
+                    **meter.line(),
+                }
+                line["seconds"] = round(time.perf_counter() - began, 1)
+                with log.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+                print(json.dumps(line), flush=True)
+            if time.perf_counter() - began > args.seconds:
+                break
+    finally:  # whatever stops it, memory that runs out too: nothing is lost
+        finish(model, trainer, done, args)
 
 
 def resumed(trainer: Trainer, out: Path) -> int:

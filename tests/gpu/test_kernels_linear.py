@@ -23,6 +23,7 @@ DEVICE = "cuda" if GPU else "cpu"
 DTYPES = [torch.float32, torch.bfloat16 if GPU else torch.float16]  # the interpreter multiplies no bfloat16
 SIZES = [(1, 40, 24), (1, 1300, 33), (17, 256, 40)]
 SIZES += [(1, 2048, 12320), (1, 11008, 2048), (16, 2048, 2560)] if GPU else []
+SIZES += [(65, 8192, 40), (64, 8192, 40)] + ([(256, 11008, 2048)] if GPU else [])  # in parts, and just not
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,11 @@ convolution.
 
 A walk is bound by the way from one chunk to the next, two products and the state's rounding between them, and not by
 memory: what can be done for all chunks at once is left to the products around it. Tiles are read from memory in the
-orientation that a product wants; none that was just computed is transposed (triton 3.6 miscompiles that on Hopper).
+orientation that a product wants.
+
+ptxas 12.8, which triton 3.6 brings, computes the address of a product's operand from a register that nothing wrote
+where two operands were given the same place in shared memory. That happens where a walk is no loop of loads under way:
+so its number of chunks is never compiled in, and 16 bits take two stages or more (`tests/gpu/sass.py` looks for it).
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -30,7 +34,7 @@ def _invert(system, out, PRECISION: tl.constexpr) -> None:
     tl.store(out + at, X.to(out.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def _walk(
     W,
     U,
@@ -66,7 +70,7 @@ def _walk(
     tl.store(after + unit * (K * V) + square, S)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def _walk_back(
     W,
     k_end,
@@ -209,7 +213,8 @@ def _conv_back(
 
 class Plan(NamedTuple):
     """How a walk is cut up and launched; any plan computes the same. block_v: columns of the state in a program.
-    stages: chunks on their way to it. precision: of products of float32 operands, as `delta._dot` has it."""
+    stages: chunks on their way to it, two or more in 16 bits (see above). precision: of products of float32 operands,
+    as `delta._dot` has it."""
 
     block_v: int
     warps: int
