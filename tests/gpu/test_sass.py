@@ -37,3 +37,8 @@ def test_of_a_product_with_registers_half_a_descriptor_is_read():
     high = "        /*0900*/                   UIADD3.64 UR10, UR10, 0x2, URZ ;\n"
     assert sass.unwritten(line) == ["HGMMA.64x32x16.F32.BF16 R24, R40, gdesc[UR8].tnspB, R24"]
     assert len(sass.unwritten(high + line)) == 1  # the sum itself
+
+
+def test_what_a_call_may_have_written_is_left_alone():
+    call = "        /*12e0*/                   CALL.REL.NOINC `($__internal_0_$__cuda_sm20_rem_s64) ;\n"
+    assert len(sass.unwritten(WRONG + call)) == 3 and sass.unwritten(call + WRONG) == []
