@@ -29,7 +29,7 @@ from infinitevl.files import folder_written_aside
 from infinitevl.train.checkpoint import checkpoints, history, model_folder
 
 HERE = Path(__file__).parent
-TEACHER = HERE / "default_checkpoint" / "runs" / "teacher" / "checkpoint"
+TEACHER = HERE / "default_checkpoint" / "teacher"
 # an arm has one core: neither torch nor the tokenizer nor the compiler may take them all
 CORES = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 # of every training where its line does not say otherwise: saved when it ends and when it is stopped; without workers,

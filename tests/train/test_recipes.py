@@ -30,8 +30,8 @@ def test_every_stage_is_there_for_4b_and_tiny() -> None:
 
 
 def test_changes_are_typed_by_their_field() -> None:
-    made = recipe("stage1_layers", ["lr=1e-3", "steps=1_000", "compile=true", "data=a=b.json", "trains=mixers+mlp"])
-    assert (made.lr, made.steps, made.compile, made.data, made.trains) == (1e-3, 1000, True, "a=b.json", "mixers+mlp")
+    made = recipe("stage1_layers", ["lr=1e-3", "steps=1_000", "compile=false", "data=a=b.json", "trains=mixers+mlp"])
+    assert (made.lr, made.steps, made.compile, made.data, made.trains) == (1e-3, 1000, False, "a=b.json", "mixers+mlp")
     assert differences(made, recipe("stage1_layers")) == ["data", "steps", "lr", "trains", "compile"]
     with pytest.raises(AttributeError):
         made.lr = 1.0  # type: ignore[misc]

@@ -170,7 +170,7 @@ def _norm(tensors: Iterable[Tensor]) -> float:
 
 
 def uncompiled(world: World, setup: Setup) -> Iterator[Found]:
-    """Stage 2 with its blocks as they are, as a recipe has them that does not say compile=true."""
+    """Stage 2 with its blocks as they are (compile=false)."""
     if not SIZES[setup.scale.name].compiled:
         yield Skipped("uncompiled", "all", "nothing is compiled at this size: the other parts are that")
     elif world.size > 1:

@@ -80,7 +80,7 @@ def begin(recipe: Recipe, stage: Stage, out: Path, resume: bool, world: World, t
     for model in (student, teacher):
         if model is not None:
             parallel.shard(model, world)
-    if recipe.compile:
+    if recipe.compile and world.device.type == "cuda":
         compile_blocks(student)
     masters = Masters(student, names, recipe, world)
     if found is not None:

@@ -73,7 +73,7 @@ class Recipe:
     device: str = ""  # empty: cuda where there is one, else cpu
     dtype: Literal["", "float32", "bfloat16"] = ""  # of the computation; empty: bfloat16 on cuda, float32 on a cpu
     checkpointing: bool = True  # recompute each block in the backward instead of keeping it
-    compile: bool = False  # each block by torch.compile
+    compile: bool = True  # each block by torch.compile, on cuda
     workers: int = 8  # processes that prepare data, no more than there are cores; 0: none, in turn with the training
     # files
     log_every: int = 10  # steps between two lines of the log
