@@ -1,4 +1,4 @@
-"""The arms of an experiment, side by side on one GPU: `python experiments/arms.py distillation --seconds 540`.
+"""The arms of an experiment, side by side on a GPU or more: `python experiments/arms.py distillation --seconds 540`.
 
 An experiment's `recipe.py` names its SEEDS and its `arms`, each a list of command lines of `infinitevl`. They run as
 processes, all stop before a time limit, `--resume` goes on from what is on disk, and every evaluation adds a line of
@@ -204,6 +204,12 @@ def work(arm: Arm, place: Place) -> None:
 # The command
 
 
+def gpus() -> list[str]:
+    """The CUDA devices that are there, named as CUDA_VISIBLE_DEVICES names them."""
+    count, named = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [name for name in named.split(",") if name][:count] if named else [str(n) for n in range(count)]
+
+
 class ArmsError(ValueError):
     """A command line that cannot be run as it is; the message says what to change."""
 
@@ -223,7 +229,7 @@ def execute(place: Place, only: str | None, processes: int, seconds: float, resu
     if lacks and any("{teacher}" in line for arm in chosen for line in arm.lines):
         raise ArmsError(f"{place.teacher}: no checkpoint there; experiments/default_checkpoint/README.md trains one")
     if processes:
-        codes = side_by_side(work, {arm.title: (arm, place) for arm in chosen}, processes, seconds)
+        codes = side_by_side(work, {arm.title: (arm, place) for arm in chosen}, processes, seconds, gpus())
     else:
         codes = one_by_one(chosen, place)
     collect(place, every)
@@ -239,7 +245,9 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("experiment", choices=sorted(known))
     parser.add_argument("--only", metavar="ARM", help="ARM, or ARM-SEED")
     parser.add_argument("--seconds", type=float, default=1e6, help="all arms have ended within so many")
-    parser.add_argument("--processes", type=int, default=16, help="arms at once; 0: one after the other, in this one")
+    parser.add_argument(
+        "--processes", type=int, default=16, help="arms at once, shared out over all GPUs; 0: one by one, in this one"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from what is on disk")
     parser.add_argument("--scale", type=float, default=1.0, help="times the steps that the recipe says")
     parser.add_argument("--teacher", default=str(TEACHER), help="a checkpoint of softmax layers only")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from types import FrameType
@@ -16,14 +18,20 @@ SAVING, ENDING = 45.0, 10.0  # seconds before the limit at which processes are t
 
 
 def side_by_side(
-    work: Callable[..., None], jobs: Mapping[str, tuple[Any, ...]], processes: int, seconds: float
+    work: Callable[..., None],
+    jobs: Mapping[str, tuple[Any, ...]],
+    processes: int,
+    seconds: float,
+    gpus: Sequence[str] = (),
 ) -> dict[str, int]:
     """Call `work` with the arguments of each job, by title, so many at once; the exit codes of those that were begun.
 
-    Before `seconds` are over, or at SIGTERM or Ctrl-C, all that run are sent SIGTERM, and no other is begun.
+    Before `seconds` are over, or at SIGTERM or Ctrl-C, all that run are sent SIGTERM, and no other is begun. gpus: as
+    CUDA_VISIBLE_DEVICES names them; each process sees one alone, that which has the fewest.
     """
     context, waiting, began = multiprocessing.get_context("spawn"), list(jobs), time.monotonic()
     running: dict[str, BaseProcess] = {}
+    on: dict[str, str] = {}
     codes: dict[str, int] = {}
     share = min(1.0, seconds / (2 * SAVING))  # of the times for saving and ending, where the limit is short
     stopping = False
@@ -31,8 +39,12 @@ def side_by_side(
         while running or (waiting and not stopping):
             while waiting and len(running) < processes and not stopping:
                 title = waiting.pop(0)
+                taken = Counter(on[each] for each in running if each in on)
                 running[title] = context.Process(target=work, args=jobs[title])
-                running[title].start()
+                with seeing(min(gpus, key=lambda gpu: taken[gpu]) if gpus else None) as gpu:
+                    running[title].start()
+                if gpu is not None:
+                    on[title] = gpu
             time.sleep(0.1)
             left = seconds - (time.monotonic() - began)
             if not stopping and (told or left < SAVING * share):
@@ -46,6 +58,20 @@ def side_by_side(
                 codes[title] = running.pop(title).exitcode or 0
                 print(f"{time.monotonic() - began:5.0f} s  {title}: {ending(codes[title])}", flush=True)
     return codes
+
+
+@contextmanager
+def seeing(gpu: str | None) -> Iterator[str | None]:
+    """Processes that are started within see this GPU alone; None: all."""
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    try:
+        yield gpu
+    finally:
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+        if before is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before
 
 
 @contextmanager

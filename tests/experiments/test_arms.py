@@ -199,6 +199,24 @@ def test_a_limit_ends_everything(tmp_path):
     assert codes == {"one": -signal.SIGTERM}
 
 
+def test_processes_are_shared_out_over_gpus(tmp_path, monkeypatch):
+    """Each sees one; what is visible here is as before."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert arms.gpus() == ["5", "7"]
+    look = tmp_path / "look.py"
+    look.write_text(
+        "import os, pathlib, tempfile, time\n"
+        f"tempfile.mkstemp(prefix=os.environ['CUDA_VISIBLE_DEVICES'] + '-', dir={str(tmp_path)!r})\n"
+        f"while len(list(pathlib.Path({str(tmp_path)!r}).glob('[57]-*'))) < 4:\n    time.sleep(0.05)\n"
+    )
+    codes = beside.side_by_side(runpy.run_path, {f"job{n}": (str(look),) for n in range(4)}, 4, 60.0, arms.gpus())
+    assert set(codes.values()) == {0} and os.environ["CUDA_VISIBLE_DEVICES"] == "5,7"
+    assert sorted(path.name.split("-")[0] for path in tmp_path.glob("[57]-*")) == ["5", "5", "7", "7"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert arms.gpus() == ["0", "1"]
+
+
 @pytest.mark.parametrize(
     ("words", "match"),
     [
