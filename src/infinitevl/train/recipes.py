@@ -121,7 +121,7 @@ def stage3_long() -> Recipe:
 
 def stage1_layers_tiny() -> Recipe:
     """1a for the shape of the default checkpoint, on the synthetic world."""
-    return replace(_tiny(stage1_layers()), lr=1e-3)
+    return replace(_tiny(stage1_layers()), lr=2e-3)
 
 
 def stage1_logits_tiny() -> Recipe:
