@@ -34,6 +34,7 @@ def side_by_side(
     on: dict[str, str] = {}
     codes: dict[str, int] = {}
     share = min(1.0, seconds / (2 * SAVING))  # of the times for saving and ending, where the limit is short
+    killed: set[str] = set()  # by the limit, and not by a fault of theirs
     stopping = False
     with told_to_stop() as told:
         while running or (waiting and not stopping):
@@ -52,10 +53,12 @@ def side_by_side(
                 for process in running.values():
                     process.terminate()
             if left < ENDING * share:
-                for process in running.values():
+                for title, process in running.items():
                     process.kill()
+                    killed.add(title)
             for title in [title for title, process in running.items() if process.exitcode is not None]:
-                codes[title] = running.pop(title).exitcode or 0
+                code = running.pop(title).exitcode or 0
+                codes[title] = STOPPED[0] if title in killed and code == -signal.SIGKILL else code
                 print(f"{time.monotonic() - began:5.0f} s  {title}: {ending(codes[title])}", flush=True)
     return codes
 
