@@ -120,15 +120,6 @@ def test_gated(channels):
     assert_rounds(kernels.gated(x), gate * gate.sigmoid() * up)
 
 
-@pytest.mark.parametrize("shape", [(1, 5), (3, 7, 1025)])
-def test_add_in_place(shape):
-    onto, y = random(*shape), random(*shape)
-    right = onto.double() + y.double()
-    got = kernels.add(onto, y)
-    assert got.data_ptr() == onto.data_ptr()
-    assert_near(got, right, ROUNDING)
-
-
 @pytest.mark.parametrize("gated, normed, biased, summed", list(itertools.product([False, True], repeat=4)))
 @pytest.mark.parametrize("rows, size, channels", SIZES)
 def test_linear(rows, size, channels, gated, normed, biased, summed):

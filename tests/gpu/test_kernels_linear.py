@@ -73,6 +73,17 @@ def test_gated_silu(channels, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("shape", [(1, 5), (3, 7, 1025)])
+def test_add_parts_in_place(shape, count, dtype):
+    onto, parts = random(*shape, dtype=dtype), random(count, *shape, dtype=dtype)
+    right = onto.double() + parts.double().sum(0)
+    got = kernels.add_parts(onto, parts)
+    assert got.data_ptr() == onto.data_ptr()
+    assert_near(got, right, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows, heads, size", [(1, 2, 8), (2, 5, 80), (3, 3, 128)])
 def test_rotate_in_place(rows, heads, size, dtype):
     joint = random(rows, 7, heads + 2, size, dtype=dtype)

@@ -18,7 +18,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from infinitevl.ops import fp8
 from infinitevl.ops.fp8 import Quantised
 from infinitevl.ops.triton.launch import early
-from infinitevl.ops.triton.linear import gated_silu, one_row
+from infinitevl.ops.triton.linear import add_parts, gated_silu, one_row
 
 MOST, INVERSE = tl.constexpr(fp8.MOST), tl.constexpr(1 / fp8.MOST)
 LEAST = tl.constexpr(fp8.LEAST)
@@ -39,7 +39,7 @@ def linear(
         return one_row(x=x, weight=values, scale=scale, bias=bias, norm=norm, gated=gated, onto=onto)
     y = product(quantised(x) if norm is None else normed(x, *norm), weight, bias, x.dtype)
     y = gated_silu(y) if gated else y
-    return y if onto is None else add(onto, y)
+    return y if onto is None else add_parts(onto, y[None])
 
 
 def mlp(*, x: Tensor, norm: tuple[Tensor, float], up: fp8.Linear, down: fp8.Linear) -> Tensor:
@@ -48,7 +48,7 @@ def mlp(*, x: Tensor, norm: tuple[Tensor, float], up: fp8.Linear, down: fp8.Line
         inner = linear(x=x, weight=up[0], bias=up[1], norm=norm, gated=True, onto=None)
         return linear(x=inner, weight=down[0], bias=down[1], norm=None, gated=False, onto=x)
     rounded = gated(product(normed(x, *norm), *up, x.dtype))
-    return add(x, product(rounded, *down, x.dtype))
+    return add_parts(x, product(rounded, *down, x.dtype)[None])
 
 
 def product(x: Quantised, weight: Quantised, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -149,21 +149,3 @@ def _gated(x, values, scale, size, BLOCK: tl.constexpr, EARLY: tl.constexpr) -> 
     up = tl.load(x + row * 2 * size + size + at, mask=there, other=0.0).to(tl.float32)
     y = (gate * tl.sigmoid(gate) * up).to(x.dtype.element_ty).to(tl.float32)
     _round(y, values, scale, row, at, there, size)
-
-
-def add(onto: Tensor, y: Tensor) -> Tensor:
-    """onto + y, in place; both contiguous."""
-    assert onto.is_contiguous() and y.is_contiguous() and onto.shape == y.shape
-    count, block = onto.numel(), 1024
-    _add[(triton.cdiv(count, block),)](onto, y, count, BLOCK=block, num_warps=4, **early(onto))
-    return onto
-
-
-@triton.jit
-def _add(onto, y, count, BLOCK: tl.constexpr, EARLY: tl.constexpr) -> None:
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    if EARLY:
-        gdc_launch_dependents()
-        gdc_wait()
-    total = tl.load(onto + at, mask=at < count).to(tl.float32) + tl.load(y + at, mask=at < count).to(tl.float32)
-    tl.store(onto + at, total.to(onto.dtype.element_ty), mask=at < count)

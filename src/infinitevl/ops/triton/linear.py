@@ -78,12 +78,13 @@ def linear(
     return onto
 
 
-def add_parts(onto: Tensor, parts: Tensor) -> None:
-    """onto [M, N] + the sum of parts [P, M, N], in float32 and in place, both contiguous."""
+def add_parts(onto: Tensor, parts: Tensor) -> Tensor:
+    """onto [...] + the sum of parts [P, ...], in float32 and in place, both contiguous."""
     assert onto.is_contiguous() and parts.is_contiguous() and parts.shape[1:] == onto.shape
     count, block = onto.numel(), 1024
     grid = (triton.cdiv(count, block),)
     _add_parts[grid](onto, parts, count, PARTS=len(parts), BLOCK=block, num_warps=4, **early(onto))
+    return onto
 
 
 @triton.jit
