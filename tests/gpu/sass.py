@@ -31,7 +31,7 @@ def unwritten(listing: str) -> list[str]:
             written = set(range(64))
         if not read <= written:
             found.append(f"{name} {match[2]}")
-        if writes:
+        if writes and operands[0] != "URZ":  # only the carry or the predicate is wanted
             first = int(operands[0][2:])
             written |= set(range(first, first + (2 if _pairs(name) or ".WIDE" in name else 1)))
     return found

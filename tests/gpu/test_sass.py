@@ -15,6 +15,7 @@ RIGHT = """
         /*07a0*/              @!P0 USHF.R.U32.HI UR12, URZ, 0x4, UR7 ;
         /*07c0*/                   UIMAD.WIDE.U32 UR8, UR12, UR7, URZ ;
         /*07d0*/                   UIADD3.64 UR10, UR8, 0x2, URZ ;
+        /*08f0*/                   UIADD3 URZ, UP0, UR7, UR12, URZ ;
         /*0900*/                   HGMMA.64x32x16.F32.BF16 R24, gdesc[UR8].tnspB, R24 ;
         /*0910*/                   HGMMA.64x32x16.F32.BF16 R24, R40, gdesc[UR8].tnspB, R24 ;
         /*0920*/                   STG.E.128 desc[UR14][R16.64], R12 ;
