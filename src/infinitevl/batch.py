@@ -133,6 +133,11 @@ class StreamBatch:
         text = self.model.processor.text(ids).strip()
         return Answer(text, time, len(ids), clock.perf_counter() - began)
 
+    def refresh(self, slot: int, keep: float) -> None:
+        """Let what a slot saw before its window fade, as `Stream.refresh` does. Raises SlotError and ValueError."""
+        with self._lock:
+            self._write(slot, self._row(slot).refresh(keep))
+
     def fork(self, slot: int) -> Stream:
         """A stream with a slot's past and a future of its own. Raises SlotError."""
         with self._lock:

@@ -69,6 +69,11 @@ Fp8 = Annotated[
     bool,
     typer.Option("--fp8", help="Products by 8-bit weights: faster on Ada and Hopper GPUs, a little less accurate."),
 ]
+RefreshEvery = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="FRAMES", help="Multiply the delta states by --keep so often: a full memory fades."),
+]
+Keep = Annotated[float | None, typer.Option(min=0, max=1, help="What --refresh-every leaves (default: 0, a reset).")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -136,6 +141,8 @@ def watch(
         bool, typer.Option("--eager", help="On CUDA, do not record steps as graphs: several times slower.")
     ] = False,
     fp8: Fp8 = False,
+    refresh_every: RefreshEvery = None,
+    keep: Keep = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -149,7 +156,8 @@ def watch(
         from infinitevl.watch import watch as run
 
         asked = tuple(Question.parse(words) for words in ask or ())
-        settings = Settings(source, asked, interactive, fps, save, resume, report, at_most, eager)
+        left = _left(refresh_every, keep)
+        settings = Settings(source, asked, interactive, fps, save, resume, report, at_most, eager, refresh_every, left)
         with display(as_json, interactive) as tell:
             raise typer.Exit(REASONS[run(_load(model, device, dtype, fp8), settings, tell).reason])
 
@@ -343,12 +351,8 @@ def recall(
     controls: Annotated[
         str, typer.Option(help="Columns, with commas between; full is the model itself.")
     ] = "full,no_delta,blind",
-    refresh_every: Annotated[
-        int | None, typer.Option(min=1, metavar="FRAMES", help="Multiply the delta states by --keep so often.")
-    ] = None,
-    keep: Annotated[
-        float | None, typer.Option(min=0, max=1, help="What --refresh-every leaves (default: 0, a reset).")
-    ] = None,
+    refresh_every: RefreshEvery = None,
+    keep: Keep = None,
     state_dtype: Annotated[
         Precision, typer.Option(help="Round the delta states to it after every frame.")
     ] = Precision.float32,
@@ -368,11 +372,8 @@ def recall(
 
         from infinitevl.eval import figure
         from infinitevl.eval import recall as test
-        from infinitevl.watch import InputError
 
-        if keep is not None and refresh_every is None:
-            raise InputError("--keep says what --refresh-every leaves: give both")
-        upkeep = test.Upkeep(refresh_every, keep or 0.0, getattr(torch, state_dtype))
+        upkeep = test.Upkeep(refresh_every, _left(refresh_every, keep), getattr(torch, state_dtype))
         columns = controls.split(",")
         test.check_columns(columns, test.COLUMNS)
         _check_places(out, plot)
@@ -452,6 +453,15 @@ def _place(device: str | None, dtype: Precision | None) -> tuple[str, torch.dtyp
     except (RuntimeError, AssertionError) as error:  # torch's words for a device that it does not know or have
         raise InputError(f"--device {name}: torch finds no such device here (cpu is one)") from error
     return name, None if dtype is None else getattr(torch, dtype)
+
+
+def _left(refresh_every: int | None, keep: float | None) -> float:
+    """The share that --refresh-every leaves."""
+    from infinitevl.watch import InputError
+
+    if keep is not None and refresh_every is None:
+        raise InputError("--keep says what --refresh-every leaves: give both")
+    return keep or 0.0
 
 
 def _numbers(words: str | None) -> list[int] | None:

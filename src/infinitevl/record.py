@@ -340,6 +340,10 @@ class Replayed:
             frames.wait_stream(self._side)
             self._owner = None
 
+    def refresh(self, keep: float) -> None:
+        """`Memory.refresh`, in place."""
+        overwrite(self.memory, self.memory.refresh(keep))
+
     def _make(self, asked: Answering) -> None:
         last = asked.made - 1
         asked.note(self._asker.token(asked.tokens[last], asked.chances[last + 1], asked.settings, asked.greedy))

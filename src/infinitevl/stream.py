@@ -144,6 +144,7 @@ class Running(Protocol):
     def snapshot(self, at_most: int, sampling: Sampling) -> Any: ...
     def answer(self, asked: Any, ids: Sequence[int], behind: int = ...) -> Iterator[int]: ...
     def keep(self, asked: Any, ids: Sequence[int]) -> None: ...
+    def refresh(self, keep: float) -> None: ...
 
 
 class Eager:
@@ -169,6 +170,10 @@ class Eager:
     def keep(self, asked: Asked, ids: Sequence[int]) -> None:
         """Ends an answer with more text, and makes its memory the stream's."""
         _, self.memory = feed(self.model, asked.memory, ids)
+
+    def refresh(self, keep: float) -> None:
+        """`Memory.refresh` of the stream's memory."""
+        self.memory = self.memory.refresh(keep)
 
 
 @dataclass
@@ -287,6 +292,15 @@ class Stream:
         rest = self.model.processor.text(ids)[len(said) :]
         if rest:
             yield rest
+
+    def refresh(self, keep: float) -> None:
+        """Let what is older than the window fade: every delta state times `keep`, 0 (forgotten) to 1 (as it is).
+
+        Called every so many frames it keeps a state from filling up, on streams far longer than a model was trained on.
+        Raises ValueError.
+        """
+        with self._lock:
+            self._run.refresh(keep)
 
     def fork(self) -> Stream:
         """A second stream with this one's past and a future of its own."""

@@ -72,6 +72,7 @@ class Settings:
     resume, save  memory files to begin from and to leave behind
     report        a picture of it all, see `report.draw`
     eager         run each step unrecorded, which matters on CUDA only
+    refresh_every after so many frames of the stream, `Stream.refresh(keep)`; None: never
     """
 
     source: str
@@ -83,6 +84,8 @@ class Settings:
     report: Path | None = None
     at_most: int = 64
     eager: bool = False
+    refresh_every: int | None = None
+    keep: float = 0.0
 
     def __post_init__(self) -> None:
         if self.interactive and self.source == "-":
@@ -335,6 +338,8 @@ class _Watch:
         began = time.perf_counter()
         with self._hand:
             self.stream.observe(frame)
+            if self.settings.refresh_every and self.stream.frames % self.settings.refresh_every == 0:
+                self.stream.refresh(self.settings.keep)
             self._picture, tokens = frame.pixels, self.stream.tokens  # a number: the device has finished
         self._seen(frame.time, tokens, (time.perf_counter() - began) * 1000)
 

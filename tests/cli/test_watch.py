@@ -165,6 +165,28 @@ def test_save_and_resume_equal_one_run(checkpoint: Path, tmp_path: Path, run: Ca
     assert twice.told("end")[0]["saved"] == str(tmp_path / "twice")
 
 
+def test_refreshes_count_frames_of_the_stream(model: Model, checkpoint: Path, tmp_path: Path, run: Callable) -> None:
+    """Not those of a run: what is resumed fades when the whole would have."""
+    whole = album(tmp_path / "whole", range(7))
+    first, second = album(tmp_path / "first", range(4)), album(tmp_path / "second", range(4, 7))
+    fading = ("--model", checkpoint, "--refresh-every", 3, "--keep", 0.5)
+    codes = [run("watch", whole, *fading, "--save", tmp_path / "once").code]
+    codes.append(run("watch", first, *fading, "--save", tmp_path / "part").code)
+    codes.append(run("watch", second, *fading, "--resume", tmp_path / "part", "--save", tmp_path / "twice").code)
+    by_hand = Stream(model)
+    for number, frame in enumerate(frames(whole, fps=1), 1):
+        by_hand.observe(frame)
+        if number in (3, 6):
+            by_hand.refresh(0.5)
+    by_hand.save(tmp_path / "by_hand")
+    once, twice, right = (load_file(tmp_path / name) for name in ("once", "twice", "by_hand"))
+    assert codes == [0, 0, 0] and once.keys() == twice.keys() == right.keys()
+    for name, leaf in right.items():
+        assert once[name].numpy().tobytes() == twice[name].numpy().tobytes() == leaf.numpy().tobytes(), name
+    refused = run("watch", whole, "--keep", 0.5)
+    assert refused.code == 2 and "give both" in refused.err
+
+
 def test_question_about_before_the_resumed_memory_gets_a_note(model: Model, clip: Path, tmp_path: Path) -> None:
     events(model, clip, save=tmp_path / "memory")
     told = events(model, clip, Question("early?", 2.0), resume=tmp_path / "memory")

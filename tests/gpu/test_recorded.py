@@ -181,6 +181,16 @@ def test_what_is_kept_is_in_the_memory_to_the_token(tiny):
     assert recorded.ask("what do you see now?", 6).text == eager.ask("what do you see now?", 6).text
 
 
+def test_a_refreshed_memory_is_the_eager_one(tiny):
+    recorded, eager = Stream(tiny), Stream(tiny, eager=True)
+    for stream in (recorded, eager):
+        for number, picture in enumerate(pictures(12)):
+            stream.observe(picture, float(number))
+            if number == 7:
+                stream.refresh(0.5)
+    assert same(recorded.memory, eager.memory)
+
+
 def test_saved_and_forked_streams_go_on_alike(tiny, tmp_path):
     stream = Stream(tiny)
     for number, picture in enumerate(pictures(12)):

@@ -302,6 +302,18 @@ def test_a_fork_has_the_same_past_and_a_future_of_its_own(model: Model) -> None:
     assert near(row(streams, slot), twin.memory)
 
 
+def test_a_slot_is_refreshed_and_no_other(model: Model) -> None:
+    streams = StreamBatch(model, 2)
+    slots = streams.open(), streams.open()
+    streams.observe({slot: picture(0) for slot in slots})
+    before = [row(streams, slot) for slot in slots]
+    streams.refresh(slots[1], 0.25)
+    assert same(row(streams, slots[0]), before[0])
+    assert same(row(streams, slots[1]), before[1].refresh(0.25)) and not same(row(streams, slots[1]), before[1])
+    with pytest.raises(SlotError):
+        streams.refresh(7, 0.25)
+
+
 def test_files_that_do_not_fit_open_nothing(model: Model, tmp_path: Path) -> None:
     streams = StreamBatch(model, 1)
     (tmp_path / "damaged").write_bytes(b"no memory" * 100)

@@ -434,6 +434,19 @@ def test_a_fork_has_the_same_past_and_a_future_of_its_own(model):
     assert same(watched.memory, twin.memory)
 
 
+def test_a_refreshed_stream_goes_on_from_a_faded_memory(model):
+    watched = watching(model, 5)
+    right, twin = watched.memory.refresh(0.5), watched.fork()
+    watched.refresh(0.5)
+    assert same(watched.memory, right) and not same(twin.memory, right)
+    by_hand = Stream(model, right)
+    for each in (watched, by_hand):
+        each.observe(pictures(1, 8)[0], 9.0)
+    assert same(watched.memory, by_hand.memory)
+    with pytest.raises(ValueError, match="from 0 to 1, got 1.5"):
+        watched.refresh(1.5)
+
+
 def test_two_interleaved_streams_equal_each_alone(model):
     one, two = Stream(model), Stream(model)
     for second in range(18):

@@ -135,6 +135,21 @@ def test_a_stream_made_in_inference_mode_goes_on_outside(model):
     assert_alike(one.memory, other.memory)
 
 
+def test_a_refresh_is_the_eager_one_and_in_place(model):
+    """A recorded step holds the addresses of its memory's leaves."""
+    one, other = pair(model, 4)
+    places = [leaf.data_ptr() for _, leaf in one._run.memory.named()]
+    for stream in (one, other):
+        stream.refresh(0.5)
+        stream.observe(pictures(5)[4], 4.0)
+    assert [leaf.data_ptr() for _, leaf in one._run.memory.named()] == places
+    assert_alike(one.memory, other.memory)
+    without, _ = pair(model, 4)
+    without.observe(pictures(5)[4], 4.0)
+    with pytest.raises(AssertionError):
+        assert_alike(one.memory, without.memory)
+
+
 def test_answers_under_way_at_once_do_not_mix(endless):
     one, _ = pair(endless, 6)
     given = [(QUESTION, 12, Sampling(1.5, seed=1)), ("when was ZEBRA shown?", 12, Sampling(1.5, seed=2))]
