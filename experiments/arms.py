@@ -69,6 +69,7 @@ class Arm:
     seed: int
     lines: tuple[str, ...]
     folder: Path
+    alone: bool = False  # takes times: no other runs beside it
 
     @property
     def title(self) -> str:
@@ -82,13 +83,16 @@ class Arm:
 
 
 def arms(place: Place) -> list[Arm]:
-    """All arms of an experiment, seed by seed; those of ONCE with the first seed only. A toy run has those of TOY."""
+    """All arms of an experiment, seed by seed, those of ALONE last; those of ONCE with the first seed only. A toy run
+    has those of TOY."""
     recipe = runpy.run_path(str(HERE / place.experiment / "recipe.py"))
-    lines, once = recipe["arms"](place.steps), recipe.get("ONCE", ())
+    lines, once, alone = recipe["arms"](place.steps), recipe.get("ONCE", ()), recipe.get("ALONE", ())
     first, *others = recipe["SEEDS"]
     pairs = [(name, first) for name in (recipe["TOY"] if place.toy else lines)]
     pairs += [(name, seed) for seed in others for name in lines if name not in once and not place.toy]
-    return [Arm(name, seed, tuple(lines[name]), place.out / "runs" / f"{name}-{seed}") for name, seed in pairs]
+    runs = place.out / "runs"
+    every = [Arm(name, seed, tuple(lines[name]), runs / f"{name}-{seed}", name in alone) for name, seed in pairs]
+    return sorted(every, key=lambda arm: arm.alone)
 
 
 # One arm
@@ -229,7 +233,8 @@ def execute(place: Place, only: str | None, processes: int, seconds: float, resu
     if lacks and any("{teacher}" in line for arm in chosen for line in arm.lines):
         raise ArmsError(f"{place.teacher}: no checkpoint there; experiments/default_checkpoint/README.md trains one")
     if processes:
-        codes = side_by_side(work, {arm.title: (arm, place) for arm in chosen}, processes, seconds, gpus())
+        alone = [arm.title for arm in chosen if arm.alone]
+        codes = side_by_side(work, {arm.title: (arm, place) for arm in chosen}, processes, seconds, gpus(), alone)
     else:
         codes = one_by_one(chosen, place)
     collect(place, every)

@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from types import FrameType
@@ -23,11 +23,13 @@ def side_by_side(
     processes: int,
     seconds: float,
     gpus: Sequence[str] = (),
+    alone: Collection[str] = (),
 ) -> dict[str, int]:
     """Call `work` with the arguments of each job, by title, so many at once; the exit codes of those that were begun.
 
     Before `seconds` are over, or at SIGTERM or Ctrl-C, all that run are sent SIGTERM, and no other is begun. gpus: as
-    CUDA_VISIBLE_DEVICES names them; each process sees one alone, that which has the fewest.
+    CUDA_VISIBLE_DEVICES names them; each process sees one alone, that which has the fewest. alone: titles beside which
+    none runs, because they take times.
     """
     context, waiting, began = multiprocessing.get_context("spawn"), list(jobs), time.monotonic()
     running: dict[str, BaseProcess] = {}
@@ -36,9 +38,13 @@ def side_by_side(
     share = min(1.0, seconds / (2 * SAVING))  # of the times for saving and ending, where the limit is short
     killed: set[str] = set()  # by the limit, and not by a fault of theirs
     stopping = False
+
+    def at_once(title: str) -> int:
+        return 1 if any(each in alone for each in (title, *running)) else processes
+
     with told_to_stop() as told:
         while running or (waiting and not stopping):
-            while waiting and len(running) < processes and not stopping:
+            while waiting and len(running) < at_once(waiting[0]) and not stopping:
                 title = waiting.pop(0)
                 taken = Counter(on[each] for each in running if each in on)
                 running[title] = context.Process(target=work, args=jobs[title])

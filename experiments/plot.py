@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import runpy
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ class ResultsError(ValueError):
 
 
 def newest(path: Path) -> list[Row]:
-    """The rows of results of the scale of the last one: of those of one arm, seed and line the last.
+    """The rows of results of the scale of the last one, in the order of the recipe's arms (others come last): of one
+    arm, seed and line the last.
 
     ResultsError where there are none.
     """
@@ -38,7 +40,10 @@ def newest(path: Path) -> list[Row]:
     if not rows:
         raise ResultsError(f"{path}: no results there; experiments/arms.py writes them (of a toy run: --toy)")
     rows = [row for row in rows if row["scale"] == rows[-1]["scale"]]
-    return list({(row["arm"], row["seed"], row["line"], row["steps"]): row for row in rows}.values())
+    recipe = Path(__file__).with_name(rows[-1]["experiment"]) / "recipe.py"
+    arms = [*runpy.run_path(str(recipe))["arms"](round)]
+    last = {(row["arm"], row["seed"], row["line"], row["steps"]): row for row in rows}.values()
+    return sorted(last, key=lambda row: arms.index(row["arm"]) if row["arm"] in arms else len(arms))
 
 
 def final(rows: list[Row]) -> dict[str, list[Row]]:
@@ -105,18 +110,23 @@ def bars(rows: list[Row], figure: Figure) -> None:
 
 
 def lengths(rows: list[Row], figure: Figure) -> None:
-    """Accuracy, time of a frame and bytes of memory against the length of the stream."""
+    """Accuracy, time of a frame and bytes of memory against the length of the stream; times of the arms time_*, which
+    ran alone, and all else of the others."""
     panels = figure.subplots(1, 4)
     for (arm, after), some in grouped(rows, lambda row: (row["arm"], row["after"])).items():
+        timed = arm.startswith("time_")
         held = [point for row in some for point in row["result"]["lengths"] if "refused" not in point]
         points = sorted(grouped(held, lambda point: point["frames"]).items())
-        label = arm if after is None else f"{arm}, {after}"
+        label = arm.removeprefix("time_") if after is None else f"{arm}, {after}"
         for axes, name in zip(panels, ("now", "past", "milliseconds", "bytes"), strict=True):
+            if timed != (name == "milliseconds"):
+                continue
             values = [[measured(point, name) for point in same] for _, same in points]
             spread(axes, [frames for frames, _ in points], values, label)
-    for axes, title in zip(panels, ("in view", "out of view", "ms a step", "bytes a stream"), strict=True):
-        axes.set(title=title, xlabel="frames", xscale="log", yscale="log" if title.startswith("bytes") else "linear")
+    for axes, title in zip(panels, ("in view", "out of view", "ms a frame", "bytes a stream"), strict=True):
+        axes.set(title=title, xlabel="frames", xscale="log", yscale="linear" if "view" in title else "log")
     legend(panels[0])
+    legend(panels[2])
 
 
 def measured(point: Row, name: str) -> float:

@@ -240,7 +240,16 @@ def test_a_plot_of_nothing_is_refused_and_one_of_a_toy_run_is_found(tmp_path, mo
     (results / "arms.jsonl").touch()  # as before the first evaluation has ended
     assert "no results there" in refusal(lambda: plot.main(["distillation", "--toy"]), capsys)
     found = {name: {"total": [1, 2]} for name in ("now", "fonts", "age1", "age2", "age4", "age8")}
-    about = {"arm": "full", "seed": 1, "line": "eval", "steps": 2, "tokens": 9, "scale": 1.0, "result": found}
+    about = {
+        "experiment": "distillation",
+        "arm": "full",
+        "seed": 1,
+        "line": "eval",
+        "steps": 2,
+        "tokens": 9,
+        "scale": 1.0,
+        "result": found,
+    }
     (results / "arms.jsonl").write_text(json.dumps(about) + "\n")
     plot.main(["distillation", "--toy"])
     assert (results / "figure.png").stat().st_size > 5000 and "| full | 1 |" in capsys.readouterr().out
@@ -273,14 +282,42 @@ def test_a_failed_arm_is_named_and_the_others_go_on(tmp_path, capsys):
 
 
 def test_the_table_has_the_last_evaluation_of_each_seed(tmp_path):
-    """Of the newest scale only; means over seeds, and least to greatest."""
+    """Of the newest scale only; arms as the recipe has them, means over seeds, and least to greatest."""
 
-    def line(seed: int, steps: int, right: int, scale: float = 1.0) -> str:
+    def line(arm: str, seed: int, steps: int, right: int, scale: float = 1.0) -> str:
         result = {name: {"total": [right, 100]} for name in ("now", "fonts", "age1", "age2", "age4", "age8")}
-        about = {"arm": "full", "seed": seed, "line": str(steps), "steps": steps, "tokens": 2_000_000, "scale": scale}
-        return json.dumps(about | {"result": result}) + "\n"
+        about = {"experiment": "data", "arm": arm, "seed": seed, "line": str(steps), "steps": steps, "scale": scale}
+        return json.dumps(about | {"tokens": 2_000_000, "result": result}) + "\n"
 
     path = tmp_path / "arms.jsonl"
-    path.write_text(line(1, 9, 99, 2.0) + line(1, 5, 10) + line(1, 8, 20) + line(2, 5, 0) + line(2, 8, 40))
-    said = plot.table(plot.newest(path))
-    assert said.splitlines()[2] == "| full | 2 | 2.0 |" + 3 * " 30.0 (20.0 to 40.0) |"
+    path.write_text(
+        line("all", 1, 9, 99, 2.0) + line("gone", 1, 5, 0) + line("all", 1, 5, 10) + line("all", 1, 8, 20)
+        + line("all", 2, 5, 0) + line("all", 2, 8, 40) + line("tenth", 1, 8, 7)
+    )  # fmt: skip
+    said = plot.table(plot.newest(path)).splitlines()[2:]
+    assert [row.split(" | ")[0] for row in said] == ["| tenth", "| all", "| gone"]
+    assert said[1] == "| all | 2 | 2.0 |" + 3 * " 30.0 (20.0 to 40.0) |"
+
+
+def test_an_arm_that_takes_times_runs_alone(tmp_path):
+    """Nothing is begun beside it, and it is not begun beside anything."""
+    here = tmp_path / "here"
+    here.mkdir()
+    look = tmp_path / "look.py"
+    look.write_text(
+        "import os, pathlib, time\n"
+        f"here = pathlib.Path({str(here)!r})\n"
+        "mine = here / str(os.getpid())\nmine.touch()\nmost = 0\n"
+        "for _ in range(15):\n    most = max(most, len(list(here.iterdir())))\n    time.sleep(0.1)\n"
+        f"(pathlib.Path({str(tmp_path)!r}) / f'most-{{os.getpid()}}').write_text(str(most))\nmine.unlink()\n"
+    )
+    jobs = {name: (str(look),) for name in ("one", "other", "timed", "last")}
+    assert set(beside.side_by_side(runpy.run_path, jobs, 3, 60.0, alone=["timed"]).values()) == {0}
+    assert sorted(path.read_text() for path in tmp_path.glob("most-*")) == ["1", "1", "2", "2"]
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_arms_that_take_times_come_last(experiment, tmp_path):
+    every = arms.arms(arms.Place(experiment, tmp_path, "teacher", "student", 1.0, False))
+    alone = [arm.alone for arm in every]
+    assert alone == sorted(alone) and sum(alone) == (3 if experiment == "length" else 0)
