@@ -21,7 +21,7 @@ def arms(steps: Callable[[int], int]) -> dict[str, list[str]]:
     stage2, stage3 = "train stage2_instruct_tiny student={last} seed={seed}", "train stage3_long_tiny student={last}"
     stage3 = f"{stage3} seed={{seed}} batch=2 micro=2 steps={steps(80)}"
     convert = "convert {teacher} {out} --init reference --window 256 --seed {seed}"
-    timed = EVAL.replace("--streams 16", "--streams 1")
+    timed = "eval length {model} --frames 2048 --streams 1"
     return {
         "teacher": ["eval length {teacher} --frames 4096 --streams 4"],
         "time_teacher": [timed.replace("{model}", "{teacher}")],
