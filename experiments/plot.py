@@ -32,7 +32,7 @@ class ResultsError(ValueError):
 
 def newest(path: Path) -> list[Row]:
     """The rows of results of the scale of the last one, in the order of the recipe's arms (others come last): of one
-    arm, seed and line the last.
+    arm, seed and number of steps the last.
 
     ResultsError where there are none.
     """
@@ -42,7 +42,7 @@ def newest(path: Path) -> list[Row]:
     rows = [row for row in rows if row["scale"] == rows[-1]["scale"]]
     recipe = Path(__file__).with_name(rows[-1]["experiment"]) / "recipe.py"
     arms = [*runpy.run_path(str(recipe))["arms"](round)]
-    last = {(row["arm"], row["seed"], row["line"], row["steps"]): row for row in rows}.values()
+    last = {(row["arm"], row["seed"], row["steps"]): row for row in rows}.values()
     return sorted(last, key=lambda row: arms.index(row["arm"]) if row["arm"] in arms else len(arms))
 
 

@@ -134,7 +134,7 @@ class StreamBatch:
         return Answer(text, time, len(ids), clock.perf_counter() - began)
 
     def refresh(self, slot: int, keep: float) -> None:
-        """Let what a slot saw before its window fade, as `Stream.refresh` does. Raises SlotError and ValueError."""
+        """Let what a slot's delta states hold fade, as `Stream.refresh` does. Raises SlotError and ValueError."""
         with self._lock:
             self._write(slot, self._row(slot).refresh(keep))
 

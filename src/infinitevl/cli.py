@@ -156,8 +156,8 @@ def watch(
         from infinitevl.watch import watch as run
 
         asked = tuple(Question.parse(words) for words in ask or ())
-        left = _left(refresh_every, keep)
-        settings = Settings(source, asked, interactive, fps, save, resume, report, at_most, eager, refresh_every, left)
+        kept = _kept(refresh_every, keep)
+        settings = Settings(source, asked, interactive, fps, save, resume, report, at_most, eager, refresh_every, kept)
         with display(as_json, interactive) as tell:
             raise typer.Exit(REASONS[run(_load(model, device, dtype, fp8), settings, tell).reason])
 
@@ -373,7 +373,7 @@ def recall(
         from infinitevl.eval import figure
         from infinitevl.eval import recall as test
 
-        upkeep = test.Upkeep(refresh_every, _left(refresh_every, keep), getattr(torch, state_dtype))
+        upkeep = test.Upkeep(refresh_every, _kept(refresh_every, keep), getattr(torch, state_dtype))
         columns = controls.split(",")
         test.check_columns(columns, test.COLUMNS)
         _check_places(out, plot)
@@ -455,7 +455,7 @@ def _place(device: str | None, dtype: Precision | None) -> tuple[str, torch.dtyp
     return name, None if dtype is None else getattr(torch, dtype)
 
 
-def _left(refresh_every: int | None, keep: float | None) -> float:
+def _kept(refresh_every: int | None, keep: float | None) -> float:
     """The share that --refresh-every leaves."""
     from infinitevl.watch import InputError
 

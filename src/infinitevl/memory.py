@@ -136,7 +136,7 @@ class Memory(NamedTuple):
     def refresh(self, keep: float) -> Memory:
         """The memory with every delta state times `keep`, 0 to 1; windows, convolution tails and clocks stay.
 
-        0 resets what is older than the window; 1 changes nothing. Raises ValueError for a `keep` outside that.
+        0 empties them; 1 changes nothing. Raises ValueError for a `keep` outside that.
         """
         if not 0 <= keep <= 1:
             raise ValueError(f"keep is a share of the delta states from 0 to 1, got {keep}")

@@ -294,10 +294,10 @@ class Stream:
             yield rest
 
     def refresh(self, keep: float) -> None:
-        """Let what is older than the window fade: every delta state times `keep`, 0 (forgotten) to 1 (as it is).
+        """Let what the delta states hold fade: each times `keep`, 0 (emptied) to 1 (as it is). Windows stay.
 
-        Called every so many frames it keeps a state from filling up, on streams far longer than a model was trained on.
-        Raises ValueError.
+        Called every so many frames it keeps states from filling up, on streams far longer than a model was trained on;
+        a model without delta layers has none. Raises ValueError.
         """
         with self._lock:
             self._run.refresh(keep)

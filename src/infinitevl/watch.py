@@ -21,6 +21,7 @@ from types import FrameType
 import numpy as np
 
 from infinitevl import report
+from infinitevl.config import DELTA
 from infinitevl.memory import MemoryFileError
 from infinitevl.model import Model
 from infinitevl.processor import fit_frame
@@ -72,7 +73,7 @@ class Settings:
     resume, save  memory files to begin from and to leave behind
     report        a picture of it all, see `report.draw`
     eager         run each step unrecorded, which matters on CUDA only
-    refresh_every after so many frames of the stream, `Stream.refresh(keep)`; None: never
+    refresh_every after so many frames of the stream, always again, `Stream.refresh(keep)`; None: never
     """
 
     source: str
@@ -90,6 +91,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.interactive and self.source == "-":
             raise InputError("--interactive reads questions from standard input, so the source cannot be '-'")
+        if (self.refresh_every is not None and self.refresh_every < 1) or not 0 <= self.keep <= 1:
+            raise InputError(f"refreshed every {self.refresh_every} frames to {self.keep}: 1 or more, and 0 to 1")
         if self.report is not None:
             report.check(self.report)
         for path in filter(None, (self.save, self.report)):
@@ -182,6 +185,8 @@ def watch(model: Model, settings: Settings, tell: Tell) -> Ended:
     files are written. A second one gives up the answers. Raises VideoError where no frame could be decoded, InputError,
     MemoryFileError. Must run in the main thread, where signals arrive.
     """
+    if settings.refresh_every is not None and DELTA not in model.config.text.layers:
+        raise InputError("this checkpoint has no delta layers: there is nothing that could be refreshed")
     stream = _stream(model, settings.resume, settings.eager)
     rate = model.processor.config.frames_per_second if settings.fps is None else settings.fps
     with _Stop() as stop, _opened(settings.source, rate, stop) as source:
@@ -338,7 +343,7 @@ class _Watch:
         began = time.perf_counter()
         with self._hand:
             self.stream.observe(frame)
-            if self.settings.refresh_every and self.stream.frames % self.settings.refresh_every == 0:
+            if self.settings.refresh_every is not None and self.stream.frames % self.settings.refresh_every == 0:
                 self.stream.refresh(self.settings.keep)
             self._picture, tokens = frame.pixels, self.stream.tokens  # a number: the device has finished
         self._seen(frame.time, tokens, (time.perf_counter() - began) * 1000)

@@ -12,6 +12,7 @@ import sys
 import termios
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from infinitevl import cli
+from infinitevl.config import SOFTMAX
 from infinitevl.display import display
 from infinitevl.model import Model
 from infinitevl.stream import Stream
@@ -183,8 +185,19 @@ def test_refreshes_count_frames_of_the_stream(model: Model, checkpoint: Path, tm
     assert codes == [0, 0, 0] and once.keys() == twice.keys() == right.keys()
     for name, leaf in right.items():
         assert once[name].numpy().tobytes() == twice[name].numpy().tobytes() == leaf.numpy().tobytes(), name
-    refused = run("watch", whole, "--keep", 0.5)
+
+
+def test_refreshes_that_cannot_be_are_refused(model: Model, clip: Path, run: Callable) -> None:
+    """Before anything is watched."""
+    refused = run("watch", clip, "--keep", 0.5)
     assert refused.code == 2 and "give both" in refused.err
+    for wrong in ({"refresh_every": 0}, {"refresh_every": 5, "keep": 1.5}):
+        with pytest.raises(InputError, match="1 or more, and 0 to 1"):
+            Settings(str(clip), **wrong)
+    shape = replace(model.config.text, layers=(SOFTMAX,) * 4)
+    softmax = Model(replace(model.config, text=shape), model.processor)
+    with pytest.raises(InputError, match="no delta layers"):
+        watch(softmax, Settings(str(clip), refresh_every=5), lambda event: None)
 
 
 def test_question_about_before_the_resumed_memory_gets_a_note(model: Model, clip: Path, tmp_path: Path) -> None:

@@ -300,20 +300,19 @@ def test_the_table_has_the_last_evaluation_of_each_seed(tmp_path):
 
 
 def test_an_arm_that_takes_times_runs_alone(tmp_path):
-    """Nothing is begun beside it, and it is not begun beside anything."""
+    """Nothing is begun beside it, and it is not begun beside anything; others do run at once."""
     here = tmp_path / "here"
     here.mkdir()
-    look = tmp_path / "look.py"
-    look.write_text(
-        "import os, pathlib, time\n"
-        f"here = pathlib.Path({str(here)!r})\n"
-        "mine = here / str(os.getpid())\nmine.touch()\nmost = 0\n"
-        "for _ in range(15):\n    most = max(most, len(list(here.iterdir())))\n    time.sleep(0.1)\n"
-        f"(pathlib.Path({str(tmp_path)!r}) / f'most-{{os.getpid()}}').write_text(str(most))\nmine.unlink()\n"
-    )
-    jobs = {name: (str(look),) for name in ("one", "other", "timed", "last")}
-    assert set(beside.side_by_side(runpy.run_path, jobs, 3, 60.0, alone=["timed"]).values()) == {0}
-    assert sorted(path.read_text() for path in tmp_path.glob("most-*")) == ["1", "1", "2", "2"]
+    common = f"import os, pathlib, sys, time\nhere = pathlib.Path({str(here)!r})\n(here / str(os.getpid())).touch()\n"
+    there, leave = "len(list(here.iterdir()))", "(here / str(os.getpid())).unlink()\n"
+    pair, single = tmp_path / "pair.py", tmp_path / "single.py"
+    wait = f"end = time.monotonic() + 30\nwhile {there} < 2 and time.monotonic() < end:\n    time.sleep(0.05)\n"
+    pair.write_text(f"{common}{wait}met = {there} > 1\ntime.sleep(1)\n{leave}sys.exit(0 if met else 1)\n")
+    look = f"most = 0\nfor _ in range(10):\n    most = max(most, {there})\n    time.sleep(0.1)\n"
+    single.write_text(f"{common}{look}{leave}sys.exit(most - 1)\n")
+    jobs = {"one": (str(pair),), "other": (str(pair),), "timed": (str(single),), "last": (str(single),)}
+    codes = beside.side_by_side(runpy.run_path, jobs, 3, 60.0, alone=["timed"])
+    assert codes == dict.fromkeys(jobs, 0)
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
