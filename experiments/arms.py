@@ -2,8 +2,9 @@
 
 An experiment's `recipe.py` names its SEEDS and its `arms`, each a list of command lines of `infinitevl`. They run as
 processes (those that it names in ALONE last, one at a time, because they take times), all stop before a time limit,
-`--resume` goes on from what is on disk, and every evaluation adds a line of JSON to `results/arms.jsonl`. Words in braces: {teacher} and {student}, checkpoints; {last}, what the line before made;
-{model}, its weights; {out}, where a line writes; {seed}.
+`--resume` goes on from what is on disk, and every evaluation adds a line of JSON to `results/arms.jsonl`. Words in
+braces: {teacher} and {student}, checkpoints; {last}, what the line before made; {model}, its weights; {out}, where a
+line writes; {seed}.
 """
 
 from __future__ import annotations
