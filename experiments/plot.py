@@ -138,20 +138,26 @@ def measured(point: Row, name: str) -> float:
 def ages(rows: list[Row], figure: Figure) -> None:
     """Recall by the age of the evidence; beside it, where there is one, how far two states' answers are apart."""
     apart = [row["result"]["rows"] for row in rows if "rows" in row["result"]]
-    panels = figure.subplots(1, 2 if apart else 1, squeeze=False)[0]
     recalled = [row for row in rows if "ages" in row["result"]]
+    panels = list(figure.subplots(1, bool(recalled) + bool(apart), squeeze=False)[0])
+    if recalled:
+        recalls(recalled, panels.pop(0))
+    for found in apart:
+        for question in (name for name in found[0] if name.endswith("?")):
+            panels[0].plot([each["tokens"] for each in found], [each[question]["kl"] for each in found], label=question)
+        panels[0].set(yscale="log", xlabel="tokens seen", ylabel="KL, float32 to bfloat16 state, nats a token")
+        legend(panels[0])
+
+
+def recalls(recalled: list[Row], axes: Axes) -> None:
+    """A line for each arm, over its seeds."""
     for arm, some in grouped(recalled, lambda row: row["arm"]).items():
         held = [point for row in some for point in row["result"]["ages"]]
         points = sorted(grouped(held, lambda point: point["tokens"]).items())
         values = [[point["full"]["share"] for point in same] for _, same in points]
-        spread(panels[0], [tokens for tokens, _ in points], values, arm)
-    panels[0].set(xscale="log", xlabel="age of the evidence, tokens", ylabel="right", ylim=(-0.02, 1.02))
-    legend(panels[0])
-    for found in apart:
-        for question in (name for name in found[0] if name.endswith("?")):
-            panels[1].plot([each["tokens"] for each in found], [each[question]["kl"] for each in found], label=question)
-        panels[1].set(yscale="log", xlabel="tokens seen", ylabel="KL, float32 to bfloat16 state, nats a token")
-        legend(panels[1])
+        spread(axes, [tokens for tokens, _ in points], values, arm)
+    axes.set(xscale="log", xlabel="age of the evidence, tokens", ylabel="right", ylim=(-0.02, 1.02))
+    legend(axes)
 
 
 FIGURES = {
