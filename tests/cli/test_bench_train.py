@@ -230,8 +230,8 @@ def test_a_stage_without_peft_is_skipped(run: Callable, told: list, monkeypatch:
 
 def test_two_processes_are_compared_with_one(tmp_path: Path) -> None:
     """The second says nothing; a step of both is checked against a step of one."""
-    (code, out, err), (other, silent, _) = processes("'--only', 'stage1_layers,processes'", tmp_path, 2)
-    assert (code, other) == (0, 0), err
+    (code, out, err), (other, silent, said) = processes("'--only', 'stage1_layers,processes'", tmp_path, 2)
+    assert (code, other) == (0, 0), f"{err}\n{said}"
     assert silent == ""
     result = json.loads(out.splitlines()[-1])
     value = {(row["part"], row["name"]): row["value"] for row in result["rows"]}
