@@ -56,21 +56,22 @@ def train(recipe: Recipe, out: Path, resume: bool = False, tell: Tell = print, s
     anything is written, DivergedError after too many steps in a row that were not finite.
     """
     with parallel.world(recipe.device) as world, _told_to_stop() as told:
-        run = begin(recipe, stage or STAGES[recipe.stage], out, resume, world, tell if world.first else None)
-        try:
-            return _steps(run, told)
-        finally:
-            run.log.close()
+        talk = tell if world.first else None
+        # without a name here: the run is gone before the world ends
+        return _steps(begin(recipe, stage or STAGES[recipe.stage], out, resume, world, talk), told)
 
 
 def _steps(run: Run, told: threading.Event) -> Outcome:
     incoming, steps = parts(run.feed, run.world.device), run.recipe.steps
-    while run.step < steps:
-        stop = step(run, itertools.islice(incoming, run.feed.parts), told)
-        if stop or run.step == steps or run.step % run.recipe.save_every == 0:
-            run.log.say(f"step {run.step}: saved to {_save(run)}")
-        if stop:
-            break
+    try:
+        while run.step < steps:
+            stop = step(run, itertools.islice(incoming, run.feed.parts), told)
+            if stop or run.step == steps or run.step % run.recipe.save_every == 0:
+                run.log.say(f"step {run.step}: saved to {_save(run)}")
+            if stop:
+                break
+    finally:
+        run.log.close()
     reason = "end" if run.step == steps else "interrupted"
     return Outcome(reason, run.step, checkpoint.checkpoints(run.out)[-1][1])
 

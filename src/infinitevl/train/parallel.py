@@ -7,6 +7,7 @@ whole by every process; its gradients are summed here.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -24,11 +25,12 @@ from infinitevl.train.recipes import RecipeError
 
 
 class World(NamedTuple):
-    """Who trains: this process's rank, how many there are, and its device."""
+    """Who trains: this process's rank, how many there are, its device, and the mesh of all where they are several."""
 
     rank: int
     size: int
     device: torch.device
+    mesh: DeviceMesh | None = None
 
     @property
     def first(self) -> bool:
@@ -51,11 +53,21 @@ def world(device: str) -> Iterator[World]:
     begun = size > 1 and not dist.is_initialized()
     if begun:
         dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
+    mesh = init_device_mesh(where.type, (size,)) if size > 1 else None
     try:
-        yield World(rank, size, where)
+        yield World(rank, size, where, mesh)
     finally:
+        if mesh is not None:
+            _release(mesh)
         if begun:
             dist.destroy_process_group()
+
+
+def _release(mesh: DeviceMesh) -> None:
+    """Let go of the process group: gloo's threads end with what holds it, and abort a process that ends before them."""
+    gc.collect()  # FSDP2's states hold it, in cycles
+    # torch 2.13: DTensor's caches hold the mesh for good, and the mesh holds the group, which nothing public undoes
+    getattr(mesh, "_pg_registry", {}).clear()
 
 
 def _device(kind: str, local: int) -> torch.device:
@@ -70,13 +82,12 @@ def _device(kind: str, local: int) -> torch.device:
 
 def shard(model: Model, world: World) -> None:
     """Split every text block over the processes. Gradients are reduced in float32."""
-    if world.size == 1:
+    if world.mesh is None:
         return
-    mesh = init_device_mesh(world.device.type, (world.size,))
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.blocks:
         whole = {parameter for name, parameter in block.named_parameters() if name.endswith(("A_log", "dt_bias"))}
-        fully_shard(block, mesh=mesh, reshard_after_forward=True, mp_policy=policy, ignored_params=whole)
+        fully_shard(block, mesh=world.mesh, reshard_after_forward=True, mp_policy=policy, ignored_params=whole)
 
 
 def is_split(tensor: Tensor) -> bool:
