@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 from infinitevl.config import SOFTMAX, hybrid
 from infinitevl.synth.world import LONG, MIXED, READING, SHORT, Setting
 from infinitevl.train.synthetic import WEIGHTS
 
-STAMPED = 600  # seconds whose time stamps have one length, 0:00 to 9:59: all stories of a step are laid out alike
+# stories of a step are laid out alike: their stamps have one length, that of 0:00 to 9:59 or that of 10:00 to 99:59
+STAMPED, LATER = 600, 6000
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,8 @@ class Phase:
     Each step sees `streams` stories of `segments` times `frames` frames; after every segment `asks` questions of each
     story are answered on copies of its memory. Stories begin anywhere in the first ten minutes that they fit into.
     peak: learning rate at the start; it falls linearly to `floor` times it.
+    chapters: above 1, a stream watches so many stories, one a step, with its clock and memory going on from one to the
+    next (from ten minutes on); gradients stay in a story, and questions too.
     """
 
     name: str
@@ -30,6 +35,7 @@ class Phase:
     peak: float
     floor: float = 1.0
     now_share: float = 0.25  # of questions that are about the present
+    chapters: int = 1
 
     @property
     def length(self) -> int:
@@ -40,6 +46,16 @@ class Phase:
     def world(self) -> Setting:
         """The setting, with stories that begin at any time."""
         return replace(self.setting, latest_start=STAMPED - self.length)
+
+    def age(self, step: int, stream: int) -> tuple[int, int]:
+        """How many stories a stream has watched before a step, and the second at which this one begins.
+
+        Streams are of all ages at once, so that every step has some of each.
+        """
+        chain, before = divmod(step + stream, self.chapters)
+        room = (LATER - STAMPED - self.chapters * self.length) // 4
+        first = STAMPED + 4 * int(np.random.default_rng([chain, stream]).integers(room + 1))
+        return before, first + before * self.length
 
 
 @dataclass(frozen=True)
@@ -61,12 +77,24 @@ class Recipe:
 
 
 def default() -> Recipe:
-    """The hybrid from scratch: about 25 minutes on one H200 (an estimate, from the speed of the first run).
+    """The hybrid from scratch: about half an hour on one H200 (an estimate, from the speed of the first run).
 
-    Reading first, one picture at a time; then stories of 34, 68, 136 and 272 frames (2 to 18 windows). Segments of 17
-    frames put the questions at every distance from the last time stamp, and keep the shapes of all stories equal.
+    Reading first, one picture at a time; then stories of 34, 68, 136 and 272 frames (2 to 18 windows), and chains of
+    them. Segments of 17 frames put the questions at every distance from the last time stamp, and keep the shapes of all
+    stories equal.
     """
-    return Recipe(phases=_phases(10, 10), kinds=WEIGHTS)
+    return Recipe(phases=(*_phases(10, 10), _chained(600)), kinds=WEIGHTS)
+
+
+def longer() -> Recipe:
+    """On from a checkpoint (`--start`): whole stories, then memories that are full already."""
+    whole = Phase("story16", 900, 16, 16, 17, 10, LONG, peak=1.2e-3, floor=0.7)
+    return Recipe(phases=(whole, _chained(1200)), kinds=WEIGHTS, seed=2)
+
+
+def _chained(steps: int) -> Phase:
+    """Six stories one after the other, 27 minutes: what came first has to make room."""
+    return Phase("chained", steps, 16, 16, 17, 10, LONG, peak=8e-4, floor=0.04, chapters=6)
 
 
 def teacher() -> Recipe:
@@ -104,3 +132,12 @@ def smoke() -> Recipe:
 def smoke_teacher() -> Recipe:
     """The same of the teacher."""
     return replace(smoke(), layers=(SOFTMAX,) * 8, window=None)
+
+
+def smoke_longer() -> Recipe:
+    """The same of what goes on from a checkpoint."""
+    chained = Phase("chained", 2, 3, 2, 4, 2, SHORT, peak=1e-3, chapters=2)
+    return replace(smoke(), phases=(*smoke().phases[1:], chained))
+
+
+RECIPES = {each.__name__: each for each in (default, teacher, longer, smoke, smoke_teacher, smoke_longer)}

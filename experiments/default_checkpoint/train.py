@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import recipe as recipes
 import torch
 import torch.nn.functional as F
@@ -46,13 +47,13 @@ def shaped(recipe: Recipe, words: int) -> ModelConfig:
 class Plan(NamedTuple):
     """How the tokens of a segment are ordered: `order` picks from its visual tokens, then its text tokens.
 
-    positions [3, T]; stamps: which of the story's stamps it holds; head: ids of the chat's head, in the first segment.
+    positions [3, T], where the stream's clock stands at `clock`; stamps: which of the story's stamps it holds.
     """
 
     order: Tensor
     positions: Tensor
+    clock: Tensor
     stamps: slice
-    head: Tensor
 
 
 def plan_segments(model: Model, phase: Phase) -> list[Plan]:
@@ -61,14 +62,14 @@ def plan_segments(model: Model, phase: Phase) -> list[Plan]:
     side = processor.config.frame_pixels[0] // config.vision.stride
     every = int(processor.config.stamp_seconds or 0)
     memory = Memory.empty(config, capacity=1 if config.text.window is None else None)  # its clocks alone are used
+    memory = memory._replace(clock=memory.clock + len(processor.chat.head))
     plans = []
     for segment in range(phase.segments):
         first = segment * phase.frames
-        visual, text, positions, order = 0, phase.frames * side**2, [], []
+        visual, text, positions, order, clock = 0, phase.frames * side**2, [], [], memory.clock
         for frame in range(first, first + phase.frames):
-            ids = len(processor.chat.head) if frame == 0 else 0
-            ids += len(processor.stamp_ids(0)) if frame % every == 0 else 0
-            if ids:
+            if frame % every == 0:
+                ids = len(processor.stamp_ids(phase.age(0, 0)[1] if phase.chapters > 1 else 0))
                 part, memory = rope.next_text(memory, ids)
                 memory = memory._replace(clock=part.amax((0, 2)) + 1)
                 positions.append(part)
@@ -81,16 +82,36 @@ def plan_segments(model: Model, phase: Phase) -> list[Plan]:
             order.append(torch.arange(visual, visual + side**2))
             visual += side**2
         held = slice(-(-first // every), -(-(first + phase.frames) // every))
-        head = torch.tensor(processor.chat.head if segment == 0 else (), dtype=torch.int64)
-        where = (torch.cat(order), torch.cat(positions, 2)[:, 0])
-        plans.append(Plan(*(x.to(model.device) for x in where), held, head.to(model.device)))
+        where = (torch.cat(order), torch.cat(positions, 2)[:, 0], clock)
+        plans.append(Plan(*(x.to(model.device) for x in where), held))
     return plans
 
 
 def capacity(model: Model, plans: list[Plan]) -> int | None:
     """Tokens of a story and of a question after it, where nothing leaves the memory; None for a model with a window."""
-    held = sum(plan.positions.shape[1] for plan in plans) + LONGEST
+    held = len(model.processor.chat.head) + sum(plan.positions.shape[1] for plan in plans) + LONGEST
     return held if model.config.text.window is None else None
+
+
+@functools.cache
+def _head(model: Model) -> Tensor:
+    """Ids of the chat's head; made once, because a step that is being recorded cannot."""
+    return torch.tensor(model.processor.chat.head, device=model.device)
+
+
+def opened(model: Model, memory: Memory) -> Memory:
+    """The chat's head into a memory that has seen nothing."""
+    ids = _head(model).expand(memory.seen.shape[0], -1)
+    positions, memory = rope.next_text(memory, ids.shape[1])
+    after = model(model.embed(ids), positions, memory)[1]
+    assert after is not None
+    return after
+
+
+def continued(fresh: Tensor, begun: Memory, carried: Memory) -> Memory:
+    """Rows of `begun` where `fresh` [B], of `carried` elsewhere."""
+    old = iter([leaf for _, leaf in carried.named()])
+    return begun.map(lambda leaf: torch.where(fresh.view(-1, *[1] * (leaf.dim() - 1)), leaf, next(old)))
 
 
 def watch(model: Model, memory: Memory, plan: Plan, pixels: Tensor, stamps: Tensor) -> Memory:
@@ -98,10 +119,9 @@ def watch(model: Model, memory: Memory, plan: Plan, pixels: Tensor, stamps: Tens
     rows = pixels.shape[0]
     patches, grid = patchify(pixels.flatten(0, 1), model.processor.config, pair=False)
     visual = model.vision(patches, *grid).unflatten(0, (rows, -1)).flatten(1, 2)
-    ids = stamps.flatten(1)
-    ids = torch.cat([plan.head.expand(rows, -1), ids], 1)
-    hidden = torch.cat([visual, model.embed(ids)], 1)[:, plan.order]
-    after = model(hidden, plan.positions[:, None].expand(-1, rows, -1), memory)[1]
+    hidden = torch.cat([visual, model.embed(stamps.flatten(1))], 1)[:, plan.order]
+    positions = plan.positions[:, None] + (memory.clock - plan.clock)[:, None]
+    after = model(hidden, positions, memory)[1]
     assert after is not None
     return after
 
@@ -217,16 +237,16 @@ def _processor() -> Processor:
     return load_processor(weights.locate(weights.DEFAULT))
 
 
-def _produce(job: tuple[Phase, int, dict[str, float]]) -> Batch:
-    phase, seed, mix = job
-    return make(phase, seed, _processor(), mix)
+def _produce(job: tuple[Phase, int, int, dict[str, float]]) -> Batch:
+    phase, step, seed, mix = job
+    return make(phase, step, seed, _processor(), mix)
 
 
 def produced(recipe: Recipe, start: int) -> Iterator[tuple[Phase, int, int, Batch]]:
     """(phase, step in it, step overall, batch) from step `start` on, made ahead in order by worker processes."""
     steps = [(phase, step) for phase in recipe.phases for step in range(phase.steps)]
     todo = [(phase, step, overall) for overall, (phase, step) in enumerate(steps)][start:]
-    jobs = ((phase, recipe.seed * 1_000_003 + overall, recipe.kinds) for phase, _, overall in todo)
+    jobs = ((phase, step, recipe.seed * 1_000_003 + overall, recipe.kinds) for phase, step, overall in todo)
     if not recipe.workers:
         yield from ((*at, batch) for at, batch in zip(todo, map(_produce, jobs), strict=True))
         return
@@ -251,9 +271,21 @@ class Result(NamedTuple):
     gradients: list[Tensor]
 
 
-def train_step(model: Model, composer: Composer, plans: list[Plan], phase: Phase, batch: dict[str, Tensor]) -> Result:
-    """Forward and backward of one batch (the fields of `Batch` as tensors on the model's device)."""
-    memory = model.empty_memory(phase.streams, capacity(model, plans))
+def train_step(
+    model: Model,
+    composer: Composer,
+    plans: list[Plan],
+    phase: Phase,
+    carried: Memory | None,
+    batch: dict[str, Tensor],
+) -> Result:
+    """Forward and backward of one batch (the fields of `Batch` as tensors on the model's device).
+
+    carried: what streams that are not fresh go on from, written; None where all are.
+    """
+    memory = opened(model, model.empty_memory(phase.streams, capacity(model, plans)))
+    if carried is not None:
+        memory = continued(batch["fresh"], memory, carried)
     rows = torch.arange(phase.streams, device=model.device).repeat_interleave(phase.asks)
     losses, rights = [], []
     for segment, plan in enumerate(plans):
@@ -264,6 +296,9 @@ def train_step(model: Model, composer: Composer, plans: list[Plan], phase: Phase
         loss, right = ask(model, memory, rows, batch["ids"][segment], batch["labels"][segment])
         losses.append(loss)
         rights.append(right)
+    if carried is not None:
+        for (_, held), (_, leaf) in zip(carried.named(), memory.named(), strict=True):
+            held.copy_(leaf.detach())
     loss, asked = torch.cat(losses), (batch["labels"] != IGNORED).any(2).flatten()
     gradients = torch.autograd.grad(loss.sum() / asked.sum(), list(model.parameters()), materialize_grads=True)
     return Result(loss.detach(), torch.cat(rights), batch["kinds"].flatten(), asked, list(gradients))
@@ -275,13 +310,17 @@ class Step:
 
     def __init__(self, model: Model, composer: Composer, phase: Phase, record: bool) -> None:
         self.record = record
-        self.run = functools.partial(train_step, model, composer, plan_segments(model, phase), phase)
+        self.carried = model.empty_memory(phase.streams) if phase.chapters > 1 else None
+        self.begun = False
+        self.run = functools.partial(train_step, model, composer, plan_segments(model, phase), phase, self.carried)
         self.device = model.device
         self.graph: torch.cuda.CUDAGraph | None = None
         self.inputs: dict[str, Tensor] = {}
         self.result: Result | None = None
 
     def __call__(self, batch: Batch) -> Result:
+        if not self.begun:  # there is nothing to go on from yet, in a resumed run either
+            self.begun, batch = True, batch._replace(fresh=np.ones_like(batch.fresh))
         tensors = {name: torch.from_numpy(value) for name, value in batch._asdict().items()}
         if self.device.type != "cuda":
             return self.run(tensors)
@@ -340,13 +379,16 @@ def compiled(model: Model, composer: Composer) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    recipe: Recipe = getattr(recipes, args.recipe)()
+    recipe: Recipe = recipes.RECIPES[args.recipe]()
     torch.manual_seed(recipe.seed)
     torch.set_float32_matmul_precision("high")
     began = time.perf_counter()
     device = torch.device(args.device)
     processor = load_processor(weights.locate(weights.DEFAULT))
-    model = Model(shaped(recipe, len(processor.tokenizer)), processor).to(device)
+    model = Model(shaped(recipe, len(processor.tokenizer)), processor)
+    if args.start:
+        model.load_state_dict(weights.load(args.start).state_dict())
+    model = model.to(device)
     if device.type == "cuda":
         model = model.bfloat16()
     trainer = Trainer(model, recipe)
@@ -412,7 +454,8 @@ def finish(model: Model, trainer: Trainer, step: int, args: argparse.Namespace) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--recipe", default="default", choices=("default", "teacher", "smoke", "smoke_teacher"))
+    parser.add_argument("--recipe", default="default", choices=recipes.RECIPES)
+    parser.add_argument("--start", metavar="CHECKPOINT", help="weights to begin with: a folder or `tiny`; else random")
     parser.add_argument("--out", default="runs/default_checkpoint", help="a folder for weights, state and log")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--resume", action="store_true", help="go on from the state in --out")
