@@ -17,6 +17,7 @@ import os
 import runpy
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -219,15 +220,15 @@ class ArmsError(ValueError):
     """A command line that cannot be run as it is; the message says what to change."""
 
 
-def execute(place: Place, only: str | None, processes: int, seconds: float, resume: bool) -> int:
+def execute(place: Place, only: str | None, seeds: Sequence[int], processes: int, seconds: float, resume: bool) -> int:
     """Run an experiment as the command line says; its exit code: 1 where an arm failed, 130 where some are not done.
 
     ArmsError for arms that are not there, runs that are, and a teacher that lacks.
     """
     every = arms(place)
-    chosen = [arm for arm in every if only in (None, arm.name, arm.title)]
+    chosen = [arm for arm in every if only in (None, arm.name, arm.title) and (not seeds or arm.seed in seeds)]
     if not chosen:
-        raise ArmsError(f"--only {only}: there are {', '.join(arm.title for arm in every)}")
+        raise ArmsError(f"--only and --seeds leave no arm; there are {', '.join(arm.title for arm in every)}")
     if not resume and any(arm.journal for arm in chosen):
         raise ArmsError(f"{place.out / 'runs'} holds runs of these arms: --resume goes on with them, or remove them")
     lacks = not Path(place.teacher, "config.json").is_file()
@@ -250,6 +251,7 @@ def main(words: list[str] | None = None) -> int:
     known = {path.parent.name for path in HERE.glob("*/recipe.py")} - {"default_checkpoint"}
     parser.add_argument("experiment", choices=sorted(known))
     parser.add_argument("--only", metavar="ARM", help="ARM, or ARM-SEED")
+    parser.add_argument("--seeds", type=int, nargs="+", default=(), help="these alone (default: all)")
     parser.add_argument("--seconds", type=float, default=1e6, help="all arms have ended within so many")
     parser.add_argument(
         "--processes", type=int, default=16, help="arms at once, shared out over all GPUs; 0: one by one, in this one"
@@ -269,7 +271,7 @@ def main(words: list[str] | None = None) -> int:
         args.teacher, args.student = toy.checkpoints(out)
     place = Place(args.experiment, out, args.teacher, args.student, args.scale, args.toy)
     try:
-        return execute(place, args.only, args.processes, args.seconds, args.resume)
+        return execute(place, args.only, args.seeds, args.processes, args.seconds, args.resume)
     except ArmsError as error:
         parser.error(str(error))
 

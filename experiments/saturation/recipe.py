@@ -6,7 +6,6 @@ SEEDS = (1, 2)
 TOY = ("as_it_is", "reset_1024")
 
 EVAL = "eval recall {student} --tokens 524288 --streams 32 --seed {seed} --controls full"
-FEW = EVAL.replace("--streams 32", "--streams 4")  # hours on a CPU, not days; other stories than those of 32
 
 
 def arms(steps: Callable[[int], int]) -> dict[str, list[str]]:
@@ -14,9 +13,9 @@ def arms(steps: Callable[[int], int]) -> dict[str, list[str]]:
     10 %.
     """
     return {
-        "as_it_is": [FEW],
+        "as_it_is": [EVAL],
         "reset_256": [f"{EVAL} --refresh-every 256 --keep 0"],
         "reset_1024": [f"{EVAL} --refresh-every 1024 --keep 0"],
-        "decay_90": [f"{FEW} --refresh-every 15 --keep 0.9"],
+        "decay_90": [f"{EVAL} --refresh-every 15 --keep 0.9"],
         "decay": [f"{EVAL} --refresh-every 15 --keep 0.99"],
     }

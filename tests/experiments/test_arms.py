@@ -220,7 +220,8 @@ def test_processes_are_shared_out_over_gpus(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "match"),
     [
-        (["--only", "half"], "--only half: there are full-1"),
+        (["--only", "half"], "--only and --seeds leave no arm; there are full-1"),
+        (["--only", "full-1", "--seeds", "2", "3"], "--only and --seeds leave no arm; there are full-1"),
         (["--teacher", "nowhere"], "nowhere: no checkpoint there"),
         (["--processes", "-3"], "--processes is 0 or more"),
         (["--seconds", "-1"], "--seconds and --scale are above 0"),
