@@ -31,15 +31,15 @@ class ResultsError(ValueError):
 
 
 def newest(path: Path) -> list[Row]:
-    """The rows of results of the scale of the last one, in the order of the recipe's arms (others come last): of one
-    arm, seed and number of steps the last.
+    """The rows of results of the scale of the last one, and those of what was not trained, in the order of the recipe's
+    arms (others come last): of one arm, seed and number of steps the last.
 
     ResultsError where there are none.
     """
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     if not rows:
         raise ResultsError(f"{path}: no results there; experiments/arms.py writes them (of a toy run: --toy)")
-    rows = [row for row in rows if row["scale"] == rows[-1]["scale"]]
+    rows = [row for row in rows if row["scale"] == rows[-1]["scale"] or not row["steps"]]
     recipe = Path(__file__).with_name(rows[-1]["experiment"]) / "recipe.py"
     arms = [*runpy.run_path(str(recipe))["arms"](round)]
     last = {(row["arm"], row["seed"], row["steps"]): row for row in rows}.values()
@@ -176,7 +176,8 @@ def table(rows: list[Row]) -> str:
     lines = [f"| arm | seeds | tokens, millions | {' | '.join(PANELS)} |", "|---|---:|---:|" + "---:|" * len(PANELS)]
     for arm, some in final(rows).items():
         values = [[100 * share(row["result"], names) for row in some] for names in PANELS.values()]
-        cells = [f"{middle(each):.1f} ({min(each):.1f} to {max(each):.1f})" for each in values]
+        ranges = [f" ({min(each):.1f} to {max(each):.1f})" if len(each) > 1 else "" for each in values]
+        cells = [f"{middle(each):.1f}{between}" for each, between in zip(values, ranges, strict=True)]
         tokens = middle([row["tokens"] for row in some]) / 1e6
         lines.append(f"| {arm} | {len(some)} | {tokens:.1f} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -283,7 +283,8 @@ def test_a_failed_arm_is_named_and_the_others_go_on(tmp_path, capsys):
 
 
 def test_the_table_has_the_last_evaluation_of_each_seed(tmp_path):
-    """Of the newest scale only; arms as the recipe has them, means over seeds, and least to greatest."""
+    """Of the newest scale only, and of what was not trained; arms as the recipe has them, means over seeds, and least
+    to greatest."""
 
     def line(arm: str, seed: int, steps: int, right: int, scale: float = 1.0) -> str:
         result = {name: {"total": [right, 100]} for name in ("now", "fonts", "age1", "age2", "age4", "age8")}
@@ -293,10 +294,11 @@ def test_the_table_has_the_last_evaluation_of_each_seed(tmp_path):
     path = tmp_path / "arms.jsonl"
     path.write_text(
         line("all", 1, 9, 99, 2.0) + line("gone", 1, 5, 0) + line("all", 1, 5, 10) + line("all", 1, 8, 20)
-        + line("all", 2, 5, 0) + line("all", 2, 8, 40) + line("tenth", 1, 8, 7)
+        + line("untrained", 1, 0, 3, 2.0) + line("all", 2, 5, 0) + line("all", 2, 8, 40) + line("tenth", 1, 8, 7)
     )  # fmt: skip
     said = plot.table(plot.newest(path)).splitlines()[2:]
-    assert [row.split(" | ")[0] for row in said] == ["| tenth", "| all", "| gone"]
+    assert [row.split(" | ")[0] for row in said] == ["| tenth", "| all", "| gone", "| untrained"]
+    assert said[0] == "| tenth | 1 | 2.0 |" + 3 * " 7.0 |"
     assert said[1] == "| all | 2 | 2.0 |" + 3 * " 30.0 (20.0 to 40.0) |"
 
 
