@@ -136,13 +136,14 @@ def measured(point: Row, name: str) -> float:
 
 
 def ages(rows: list[Row], figure: Figure) -> None:
-    """Recall by the age of the evidence; beside it, where there is one, how far two states' answers are apart."""
+    """Recall by the age of the evidence; beside it how far two states' answers are apart, by the longest such run."""
     apart = [row["result"]["rows"] for row in rows if "rows" in row["result"]]
     recalled = [row for row in rows if "ages" in row["result"]]
     panels = list(figure.subplots(1, bool(recalled) + bool(apart), squeeze=False)[0])
     if recalled:
         recalls(recalled, panels.pop(0))
-    for found in apart:
+    if apart:
+        found = max(apart, key=len)
         for question in (name for name in found[0] if name.endswith("?")):
             panels[0].plot([each["tokens"] for each in found], [each[question]["kl"] for each in found], label=question)
         panels[0].set(yscale="log", xlabel="tokens seen", ylabel="KL, float32 to bfloat16 state, nats a token")

@@ -42,11 +42,11 @@ def main() -> None:
     below.set(ylabel="whole answer right (fresh training stories)", xlabel="step", ylim=(0, 1.02))
     below.legend(fontsize=8, loc="lower right")
     phases = ", ".join(dict.fromkeys(line["phase"] for line in lines))
-    starts = [line["step"] for before, line in zip(lines, lines[1:], strict=False) if before["phase"] != line["phase"]]
+    ends = [before["step"] for before, line in zip(lines, lines[1:], strict=False) if before["phase"] != line["phase"]]
     for axes in (above, below):
-        for start in starts:
-            axes.axvline(start - 100, color="grey", linewidth=0.6, linestyle="--")
-    above.set_title(f"training from scratch on the synthetic world: {phases}", fontsize=10)
+        for end in ends:
+            axes.axvline(end, color="grey", linewidth=0.6, linestyle="--")
+    above.set_title(f"training on the synthetic world: {phases}", fontsize=10)
     figure.tight_layout()
     figure.savefig(args.out, dpi=110)
 

@@ -88,8 +88,8 @@ def default() -> Recipe:
 
 def longer() -> Recipe:
     """On from a checkpoint (`--start`): whole stories, then memories that are full already."""
-    whole = Phase("story16", 900, 16, 16, 17, 10, LONG, peak=1.2e-3, floor=0.7)
-    return Recipe(phases=(whole, _chained(1200)), kinds=WEIGHTS, seed=2)
+    whole = Phase("story16", 320, 16, 16, 17, 10, LONG, peak=1.2e-3, floor=0.7)
+    return Recipe(phases=(whole, _chained(850)), kinds=WEIGHTS, seed=2)
 
 
 def _chained(steps: int) -> Phase:
