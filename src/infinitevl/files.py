@@ -11,11 +11,18 @@ from pathlib import Path
 
 @contextmanager
 def written_aside(path: str | Path) -> Iterator[Path]:
-    """A path to write to; at the end of the block it replaces `path`, on an error it is removed and `path` stays."""
+    """A path to write to; at the end of the block it replaces `path`, on an error it is removed and `path` stays.
+
+    The file may be read by whom the umask lets, whoever writes it (safetensors makes files for their owner alone).
+    """
     path = Path(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        aside.touch()
+        mode = aside.stat().st_mode
+        aside.unlink()
         yield aside
+        aside.chmod(mode)
         with aside.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(aside, path)

@@ -266,6 +266,17 @@ def test_going_on_in_a_new_process_is_going_on(tmp_path):
         assert torch.equal(after[name].nan_to_num(7.5), leaf.nan_to_num(7.5)), name
 
 
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_a_file_may_be_read_by_whom_the_umask_lets(tmp_path, mask, mode):
+    before = os.umask(mask)
+    try:
+        filled().save(tmp_path / "a.mem", MARK)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.mem").stat().st_mode & 0o777 == mode
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mem"]
+
+
 def test_a_failed_save_leaves_the_older_file_whole(tmp_path, monkeypatch):
     path = tmp_path / "stream.mem"
     old = filled()
