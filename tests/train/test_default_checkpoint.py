@@ -18,6 +18,7 @@ sys.path.insert(0, str(FOLDER))
 import batches  # noqa: E402
 import recipe as recipes  # noqa: E402
 import train  # noqa: E402
+from average import average  # noqa: E402
 from batches import IGNORED, Batch, make  # noqa: E402
 
 from infinitevl import stream, weights  # noqa: E402
@@ -198,3 +199,18 @@ def test_a_resumed_run_stands_where_it_stopped(model):
     assert set(left) == set(right) and any(name.endswith(".step") for name in left)
     for name, tensor in left.items():
         assert torch.allclose(tensor, right[name], rtol=1e-2, atol=1e-6), name
+
+
+def test_the_mean_of_two_checkpoints_lies_between_them(model, tmp_path):
+    torch.manual_seed(2)
+    other = Model(tiny(), model.processor)
+    weights.save(model, tmp_path / "one")
+    weights.save(other, tmp_path / "other")
+    average(str(tmp_path / "one"), str(tmp_path / "other"), tmp_path / "mean")
+    parts = zip(weights.load(tmp_path / "mean").parameters(), model.parameters(), other.parameters(), strict=True)
+    for mean, mine, theirs in parts:
+        assert torch.allclose(mean, (mine + theirs) / 2, rtol=4e-3, atol=1e-6)  # bfloat16, and decays in float32
+    weights.save(Model(train.shaped(recipes.smoke_teacher(), 512), model.processor), tmp_path / "softmax")
+    with pytest.raises(SystemExit, match="not of one shape"):
+        average(str(tmp_path / "one"), str(tmp_path / "softmax"), tmp_path / "none")
+    assert not (tmp_path / "none").exists()
