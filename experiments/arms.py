@@ -167,6 +167,8 @@ def row(arm: Arm, place: Place, number: int, model: str, found: dict[str, Any]) 
     past = history(model)
     trained = [entry["seconds"] for entry in arm.journal if arm.lines[entry["line"]].startswith("train")]
     about = {"experiment": place.experiment, "arm": arm.name, "seed": arm.seed, "line": arm.lines[number]}
+    if "{student}" in arm.lines[number]:
+        about["student"] = place.student
     return about | {
         "scale": place.scale,
         "after": past[-1]["stage"] if past else None,

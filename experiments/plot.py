@@ -136,7 +136,7 @@ def measured(point: Row, name: str) -> float:
 
 
 def ages(rows: list[Row], figure: Figure) -> None:
-    """Recall by the age of the evidence; beside it how far two states' answers are apart, by the longest such run."""
+    """Recall by the age of the evidence; beside it how far two states' answers are apart, by the longest run."""
     apart = [row["result"]["rows"] for row in rows if "rows" in row["result"]]
     recalled = [row for row in rows if "ages" in row["result"]]
     panels = list(figure.subplots(1, bool(recalled) + bool(apart), squeeze=False)[0])
@@ -173,7 +173,7 @@ FIGURES = {
 
 
 def table(rows: list[Row]) -> str:
-    """The last evaluation of each arm of the held-out test: mean over seeds, least to greatest."""
+    """The last evaluation of each arm of the held-out test: mean over seeds, and least to greatest of several."""
     lines = [f"| arm | seeds | tokens, millions | {' | '.join(PANELS)} |", "|---|---:|---:|" + "---:|" * len(PANELS)]
     for arm, some in final(rows).items():
         values = [[100 * share(row["result"], names) for row in some] for names in PANELS.values()]

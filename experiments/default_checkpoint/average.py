@@ -16,7 +16,12 @@ from infinitevl.files import folder_written_aside
 
 
 def average(one: str, other: str, out: Path) -> None:
-    """Writes the mean, rounded to bfloat16. SystemExit where the two are not of one shape."""
+    """Writes the mean, rounded to bfloat16 (decays in float32), with the processor of `one`.
+
+    SystemExit where the two are not of one shape, or something is at `out` already.
+    """
+    if out.exists():
+        raise SystemExit(f"{out} is there already: name a folder that is not, or remove it")
     mean, beside = weights.load(one, dtype=torch.float32), weights.load(other, dtype=torch.float32)
     if mean.config != beside.config:
         raise SystemExit(f"{one} and {other} are not of one shape")

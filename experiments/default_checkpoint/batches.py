@@ -14,8 +14,9 @@ from infinitevl.synth.world import TRAIN, Stories, make_stories
 
 IGNORED = -100  # label of a token whose successor is not learned
 LONGEST = 28  # tokens of a question with its answer
-# what a stream's earlier stories may contradict: kinds of question about all of it, and kinds whose "not seen" and
-# "never" are (words are so many that few come again; colours and shapes come again in every story)
+# what a stream's earlier stories may have shown is not denied: kinds of question about all of it, and kinds whose "not
+# seen" and "never" are. Words are so many that few come again; colours and shapes do, and of what came twice the last
+# counts.
 OF_ALL = ("first_word", "was_pair")
 NEVER = ("word_by_emblem", "count_past", "when_state")
 
@@ -39,7 +40,7 @@ class Batch(NamedTuple):
 
 
 def make(phase: Phase, step: int, seed: int, processor: Processor, mix: dict[str, float]) -> Batch:
-    """The batch of one step of a phase; the same seed gives the same batch."""
+    """The batch of one step of a phase; the same phase, step and seed give the same batch."""
     frames, fresh, begin = phase.length, np.ones(phase.streams, bool), None
     if phase.chapters > 1:
         before, begin = np.array([phase.age(step, stream) for stream in range(phase.streams)]).T
@@ -91,7 +92,8 @@ def _drawn(
 ) -> list[quiz.Question]:
     """Kinds are drawn by weight, about the present or the past as the phase says; again where none fits.
 
-    fresh: the stream has seen no other story; of one that has, what an earlier story may have shown is not asked.
+    fresh: the stream has seen no other story; of one that has, nothing is asked about all of it, and nothing that comes
+    again in every story is called unseen.
     """
     chosen: list[quiz.Question] = []
     recall = [kind for kind in (*quiz.RECALL, *quiz.YES_NO) if fresh or kind not in OF_ALL]

@@ -50,7 +50,7 @@ class Phase:
     def age(self, step: int, stream: int) -> tuple[int, int]:
         """How many stories a stream has watched before a step, and the second at which this one begins.
 
-        Streams are of all ages at once, so that every step has some of each.
+        Streams are of all ages at once, so that every step has some of each; the same whatever the recipe's seed.
         """
         chain, before = divmod(step + stream, self.chapters)
         room = (LATER - STAMPED - self.chapters * self.length) // 4
@@ -140,4 +140,5 @@ def smoke_longer() -> Recipe:
     return replace(smoke(), phases=(*smoke().phases[1:], chained))
 
 
+GOES_ON = ("longer", "smoke_longer")
 RECIPES = {each.__name__: each for each in (default, teacher, longer, smoke, smoke_teacher, smoke_longer)}

@@ -1,4 +1,4 @@
-"""Train on the synthetic world from scratch, the hybrid or a softmax teacher: `train.py --recipe teacher`.
+"""Train on the synthetic world, the hybrid or a softmax teacher, from scratch or on from a checkpoint.
 
 A step feeds stories segment by segment through the memory, as a stream would, and after each segment asks questions of
 copies of it; gradients run back through all segments. Nothing here knows how the mixers work.
@@ -47,7 +47,8 @@ def shaped(recipe: Recipe, words: int) -> ModelConfig:
 class Plan(NamedTuple):
     """How the tokens of a segment are ordered: `order` picks from its visual tokens, then its text tokens.
 
-    positions [3, T], where the stream's clock stands at `clock`; stamps: which of the story's stamps it holds.
+    clock [1]: where the stream's clock stands in this plan; positions [3, T] move with it. stamps: which of the story's
+    stamps it holds.
     """
 
     order: Tensor
@@ -93,25 +94,24 @@ def capacity(model: Model, plans: list[Plan]) -> int | None:
     return held if model.config.text.window is None else None
 
 
-@functools.cache
-def _head(model: Model) -> Tensor:
-    """Ids of the chat's head; made once, because a step that is being recorded cannot."""
+def head(model: Model) -> Tensor:
+    """Ids of the chat's head [T]; a step that is being recorded cannot make them."""
     return torch.tensor(model.processor.chat.head, device=model.device)
 
 
-def opened(model: Model, memory: Memory) -> Memory:
-    """The chat's head into a memory that has seen nothing."""
-    ids = _head(model).expand(memory.seen.shape[0], -1)
+def opened(model: Model, memory: Memory, head: Tensor) -> Memory:
+    """The chat's head, ids [T], into a memory that has seen nothing."""
+    ids = head.expand(memory.seen.shape[0], -1)
     positions, memory = rope.next_text(memory, ids.shape[1])
     after = model(model.embed(ids), positions, memory)[1]
     assert after is not None
     return after
 
 
-def continued(fresh: Tensor, begun: Memory, carried: Memory) -> Memory:
-    """Rows of `begun` where `fresh` [B], of `carried` elsewhere."""
+def continued(fresh: Tensor, new: Memory, carried: Memory) -> Memory:
+    """Rows of `new` where `fresh` [B], of `carried` elsewhere."""
     old = iter([leaf for _, leaf in carried.named()])
-    return begun.map(lambda leaf: torch.where(fresh.view(-1, *[1] * (leaf.dim() - 1)), leaf, next(old)))
+    return new.map(lambda leaf: torch.where(fresh.view(-1, *[1] * (leaf.dim() - 1)), leaf, next(old)))
 
 
 def watch(model: Model, memory: Memory, plan: Plan, pixels: Tensor, stamps: Tensor) -> Memory:
@@ -276,14 +276,16 @@ def train_step(
     composer: Composer,
     plans: list[Plan],
     phase: Phase,
+    begin: Tensor,
     carried: Memory | None,
     batch: dict[str, Tensor],
 ) -> Result:
     """Forward and backward of one batch (the fields of `Batch` as tensors on the model's device).
 
-    carried: what streams that are not fresh go on from, written; None where all are.
+    begin: ids of the chat's head. carried: the memory that streams that are not fresh go on from, overwritten with what
+    this step leaves; None where all are fresh.
     """
-    memory = opened(model, model.empty_memory(phase.streams, capacity(model, plans)))
+    memory = opened(model, model.empty_memory(phase.streams, capacity(model, plans)), begin)
     if carried is not None:
         memory = continued(batch["fresh"], memory, carried)
     rows = torch.arange(phase.streams, device=model.device).repeat_interleave(phase.asks)
@@ -312,7 +314,8 @@ class Step:
         self.record = record
         self.carried = model.empty_memory(phase.streams) if phase.chapters > 1 else None
         self.begun = False
-        self.run = functools.partial(train_step, model, composer, plan_segments(model, phase), phase, self.carried)
+        plans = plan_segments(model, phase)
+        self.run = functools.partial(train_step, model, composer, plans, phase, head(model), self.carried)
         self.device = model.device
         self.graph: torch.cuda.CUDAGraph | None = None
         self.inputs: dict[str, Tensor] = {}
@@ -388,6 +391,8 @@ def run(args: argparse.Namespace) -> None:
     model = Model(shaped(recipe, len(processor.tokenizer)), processor)
     if args.start:
         model.load_state_dict(weights.load(args.start).state_dict())
+    elif args.recipe in recipes.GOES_ON and not args.resume:
+        raise SystemExit(f"--recipe {args.recipe} goes on from a checkpoint: say which with --start")
     model = model.to(device)
     if device.type == "cuda":
         model = model.bfloat16()

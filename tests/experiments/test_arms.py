@@ -85,6 +85,7 @@ def test_an_experiment_runs_from_end_to_end(tmp_path, checkpoints, few_questions
     for row in rows:
         assert row["experiment"] == experiment and row["versions"]["torch"] and row["hardware"]["cpu"]
         assert (row["tokens"] > 0) == (row["steps"] > 0) == (row["after"] is not None)
+        assert ("student" in row) == ("{student}" in row["line"])
     assert plot.draw(experiment, tmp_path / "results").stat().st_size > 5000
     assert "--resume goes on with them" in refusal(lambda: arms.main(words), capsys)
     (tmp_path / "results" / "arms.jsonl").unlink()  # as where runs are kept and results are not

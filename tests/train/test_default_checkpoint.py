@@ -45,7 +45,7 @@ def test_a_training_segment_leaves_the_memory_of_a_stream(model):
     pixels = pictures(batch)
     start = make_stories(3, 2, phase.length, TRAIN, phase.world).t0[1]
     with torch.no_grad():
-        trained = train.opened(model, model.empty_memory(2))
+        trained = train.opened(model, model.empty_memory(2), train.head(model))
         for segment, plan in enumerate(train.plan_segments(model, phase)):
             part = slice(segment * 5, segment * 5 + 5)
             stamps = torch.from_numpy(batch.stamps)[:, plan.stamps]
@@ -70,7 +70,7 @@ def same(watched: Memory, trained: Memory, row: int) -> None:
     for name, leaf in watched.named():
         if name not in ("frames", "start", "origin", "last"):  # clocks of the run: training does not keep them
             other = dict(trained.named())[name][row : row + 1]
-            assert torch.allclose(leaf.double(), other.double(), atol=5e-4), name
+            assert torch.allclose(leaf.double(), other.double(), atol=1e-5), name
 
 
 def test_a_chain_of_stories_is_one_stream(model):
@@ -91,7 +91,17 @@ def test_a_chain_of_stories_is_one_stream(model):
     same(second, step.carried, 1)
 
 
-def test_of_an_older_stream_only_what_holds_is_asked(model):
+def test_a_run_resumed_within_a_chain_begins_its_streams_again(model):
+    (phase,) = (phase for phase in recipes.smoke_longer().phases if phase.chapters > 1)
+    step, batch = train.Step(model, Composer("cpu"), phase, record=False), make(phase, 1, 7, model.processor, {})
+    assert not batch.fresh.all()
+    step(batch)
+    with torch.no_grad():
+        watched = observed(model, stream.begin(model), phase.age(1, 0)[1], pictures(batch)[0])
+    same(watched, step.carried, 0)
+
+
+def test_an_older_stream_is_not_told_that_it_has_not_seen(model):
     phase = replace(recipes.longer().phases[-1], streams=6, segments=2)
     stories = make_stories(8, 6, phase.length, TRAIN, phase.world)
 
@@ -140,22 +150,27 @@ def test_a_teacher_without_a_window_holds_the_whole_story(model):
     tokens = len(model.processor.chat.head) + sum(plan.positions.shape[1] for plan in plans)
     assert room == tokens + train.LONGEST and train.capacity(model, train.plan_segments(model, phase)) is None
     tensors = {name: torch.from_numpy(value) for name, value in batch._asdict().items()}
-    one = train.train_step(teacher, Composer("cpu"), plans, phase, None, tensors)
+    one = train.train_step(teacher, Composer("cpu"), plans, phase, train.head(teacher), None, tensors)
     tensors["strips"] = tensors["strips"].clone()
     tensors["strips"][:, 0] = 0
-    other = train.train_step(teacher, Composer("cpu"), plans, phase, None, tensors)
+    other = train.train_step(teacher, Composer("cpu"), plans, phase, train.head(teacher), None, tensors)
     assert all(gradient.isfinite().all() for gradient in one.gradients)
     assert (one.loss[-2:] != other.loss[-2:]).all()
 
 
-@pytest.mark.parametrize("phase", [*recipes.default().phases, *recipes.teacher().phases], ids=lambda p: p.name)
+PHASES = [phase for recipe in (recipes.default, recipes.longer, recipes.teacher) for phase in recipe().phases]
+
+
+@pytest.mark.parametrize("phase", [each for each in PHASES if each.chapters > 1], ids=lambda p: p.name)
+def test_every_stamp_of_a_chain_has_one_length(model, phase):
+    begins = [phase.age(step, stream)[1] for step in range(phase.steps) for stream in range(phase.streams)]
+    assert max(begins) - min(begins) > 4000
+    lengths = {len(model.processor.stamp_ids(t)) for t in (min(begins), max(begins) + phase.length - 1)}
+    assert lengths == {len(model.processor.stamp_ids(600))}
+
+
+@pytest.mark.parametrize("phase", [each for each in PHASES if each.chapters == 1], ids=lambda p: p.name)
 def test_every_stamp_of_a_phase_has_one_length(model, phase):
-    if phase.chapters > 1:
-        begins = [phase.age(step, stream)[1] for step in range(600) for stream in range(phase.streams)]
-        assert max(begins) - min(begins) > 4000
-        lengths = {len(model.processor.stamp_ids(t)) for t in (min(begins), max(begins) + phase.length - 1)}
-        assert lengths == {len(model.processor.stamp_ids(600))}
-        return
     latest = phase.world.latest_start // 4 * 4 + phase.length - 1
     assert phase.world.latest_start >= 300
     assert len(model.processor.stamp_ids(latest)) == len(model.processor.stamp_ids(0))
@@ -214,3 +229,11 @@ def test_the_mean_of_two_checkpoints_lies_between_them(model, tmp_path):
     with pytest.raises(SystemExit, match="not of one shape"):
         average(str(tmp_path / "one"), str(tmp_path / "softmax"), tmp_path / "none")
     assert not (tmp_path / "none").exists()
+    with pytest.raises(SystemExit, match="is there already"):
+        average(str(tmp_path / "one"), str(tmp_path / "other"), tmp_path / "mean")
+
+
+def test_what_goes_on_says_from_what(tmp_path):
+    words = ["--recipe", "smoke_longer", "--device", "cpu", "--no-compile", "--out", str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, str(FOLDER / "train.py"), *words], capture_output=True, text=True)
+    assert done.returncode == 1 and "say which with --start" in done.stderr and "Traceback" not in done.stderr

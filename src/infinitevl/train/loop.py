@@ -57,7 +57,7 @@ def train(recipe: Recipe, out: Path, resume: bool = False, tell: Tell = print, s
     """
     with parallel.world(recipe.device) as world, _told_to_stop() as told:
         talk = tell if world.first else None
-        # without a name here: the run is gone before the world ends
+        # without a name: with one this frame would hold the run, and that the process group, when the world ends
         return _steps(begin(recipe, stage or STAGES[recipe.stage], out, resume, world, talk), told)
 
 
