@@ -47,14 +47,19 @@ class Phase:
         """The setting, with stories that begin at any time."""
         return replace(self.setting, latest_start=STAMPED - self.length)
 
+    @property
+    def earliest(self) -> int:
+        """The second at which a stream begins at the earliest; all stamps are as long as that one."""
+        return STAMPED if self.chapters > 1 else 0
+
     def age(self, step: int, stream: int) -> tuple[int, int]:
         """How many stories a stream has watched before a step, and the second at which this one begins.
 
         Streams are of all ages at once, so that every step has some of each; the same whatever the recipe's seed.
         """
         chain, before = divmod(step + stream, self.chapters)
-        room = (LATER - STAMPED - self.chapters * self.length) // 4
-        first = STAMPED + 4 * int(np.random.default_rng([chain, stream]).integers(room + 1))
+        room = (LATER - self.earliest - self.chapters * self.length) // 4
+        first = self.earliest + 4 * int(np.random.default_rng([chain, stream]).integers(room + 1))
         return before, first + before * self.length
 
 

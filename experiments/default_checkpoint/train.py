@@ -33,6 +33,7 @@ from infinitevl.files import folder_written_aside
 from infinitevl.memory import Memory
 from infinitevl.model import Model
 from infinitevl.processor import Processor, load_processor, patchify
+from infinitevl.record import overwrite
 from infinitevl.synth import questions as quiz
 from infinitevl.synth.compose import Composer
 from infinitevl.train.checkpoint import read_parts, write_parts
@@ -70,7 +71,7 @@ def plan_segments(model: Model, phase: Phase) -> list[Plan]:
         visual, text, positions, order, clock = 0, phase.frames * side**2, [], [], memory.clock
         for frame in range(first, first + phase.frames):
             if frame % every == 0:
-                ids = len(processor.stamp_ids(phase.age(0, 0)[1] if phase.chapters > 1 else 0))
+                ids = len(processor.stamp_ids(phase.earliest))
                 part, memory = rope.next_text(memory, ids)
                 memory = memory._replace(clock=part.amax((0, 2)) + 1)
                 positions.append(part)
@@ -299,8 +300,7 @@ def train_step(
         losses.append(loss)
         rights.append(right)
     if carried is not None:
-        for (_, held), (_, leaf) in zip(carried.named(), memory.named(), strict=True):
-            held.copy_(leaf.detach())
+        overwrite(carried, memory.map(Tensor.detach))
     loss, asked = torch.cat(losses), (batch["labels"] != IGNORED).any(2).flatten()
     gradients = torch.autograd.grad(loss.sum() / asked.sum(), list(model.parameters()), materialize_grads=True)
     return Result(loss.detach(), torch.cat(rights), batch["kinds"].flatten(), asked, list(gradients))
